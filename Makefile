@@ -1,0 +1,43 @@
+# Everything in a virtual environment of its own. `make atlas` makes the quickstart atlas; `make test` runs the tests.
+PYTHON ?= python3
+VENV   ?= .venv
+RUN    := $(VENV)/bin
+TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
+
+.PHONY: atlas test test-slow test-gpu test-peers lint setup clean
+
+atlas: setup ## set up, then run the quickstart study end to end
+	$(RUN)/mind-atlas run quickstart
+
+test: setup ## set up, then lint, check types and run the tests
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+	$(RUN)/pytest -m "not slow and not gpu and not peers"
+	@echo "Not run here: slow, gpu and peers tests (make test-slow, make test-gpu, make test-peers)."
+
+test-slow: setup
+	$(RUN)/pytest -m slow
+
+test-gpu: setup
+	$(RUN)/pytest -m gpu
+
+test-peers: setup
+	$(RUN)/pip install -q -c constraints.txt -e '.[peers]'
+	$(RUN)/pytest -m peers
+
+setup: $(VENV)/ready
+
+# The CPU build of torch: from where pip already finds it, or from PyTorch's own CPU wheels by way of uv, which knows
+# where they are. Without this, a machine without a GPU would download several gigabytes of CUDA libraries.
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/pip install -q --upgrade pip
+	@if command -v nvidia-smi >/dev/null; then $(RUN)/pip install -q torch==$(TORCH); \
+	else $(RUN)/pip install -q torch==$(TORCH)+cpu 2>/dev/null \
+	  || { $(RUN)/pip install -q uv && $(RUN)/uv pip install -q --python $(RUN)/python --torch-backend cpu torch==$(TORCH); }; fi
+	$(RUN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,34 @@
+"""Activations: the model run over the corpus up to one layer, its vectors kept in shuffled shards."""
+
+import dagster as dg
+
+from assets.checks import specs
+from assets.corpus import corpus
+from assets.partitions import corpus_of_site, sites
+from assets.resources import Workshop, launchpad
+from sae_core.stages import VERSIONS
+from sae_core.study import ActivationSettings
+
+ActivationsRun = launchpad(ActivationSettings)
+
+
+@dg.asset(
+    partitions_def=sites,
+    deps=[dg.AssetDep(corpus, partition_mapping=corpus_of_site)],
+    group_name="activations",
+    kinds={"pytorch", "safetensors"},
+    code_version=str(VERSIONS["activations"]),
+    pool="machine",
+    check_specs=specs("activations"),
+)
+def activations(context: dg.AssetExecutionContext, config: ActivationsRun, workshop: Workshop) -> dg.MaterializeResult:
+    """Vectors of one site for every token of the corpus; attention sinks are marked. NaN is refused on the way."""
+    from sae_core.activations import harvest
+
+    return workshop.make(
+        context, "activations", config,
+        lambda order, draft, report: harvest(
+            order.study.activations, order.study.model, draft.parents["corpus"].folder, draft.folder,
+            workshop.torch_device(), report,
+        ),
+    )  # fmt: skip

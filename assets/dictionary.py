@@ -1,0 +1,41 @@
+"""Dictionary: sparse features learned from the activations of a site, and how well they stand for them."""
+
+import dagster as dg
+
+from assets.activations import activations
+from assets.checks import specs
+from assets.corpus import corpus
+from assets.partitions import corpus_of_dictionary, dictionaries, site_of_dictionary
+from assets.plots import training_curves
+from assets.resources import Workshop, launchpad
+from sae_core.stages import VERSIONS
+from sae_core.study import DictionarySettings
+
+DictionaryRun = launchpad(DictionarySettings)
+
+
+@dg.asset(
+    partitions_def=dictionaries,
+    deps=[
+        dg.AssetDep(activations, partition_mapping=site_of_dictionary),
+        dg.AssetDep(corpus, partition_mapping=corpus_of_dictionary),
+    ],
+    group_name="dictionary",
+    kinds={"pytorch", "safetensors"},
+    code_version=str(VERSIONS["dictionary"]),
+    pool="machine",
+    check_specs=specs("dictionary"),
+)
+def dictionary(context: dg.AssetExecutionContext, config: DictionaryRun, workshop: Workshop) -> dg.MaterializeResult:
+    """A sparse autoencoder, trained with checkpoints, folded to unit decoder rows, measured on held-out text."""
+    from sae_core.training import build_dictionary
+
+    return workshop.make(
+        context, "dictionary", config,
+        lambda order, draft, report: build_dictionary(
+            order.settings("dictionary"), order.study.activations, order.study.model,
+            draft.parents["corpus"].folder, draft.parents["activations"].folder, draft.folder,
+            workshop.torch_device(), report,
+        ),
+        lambda made: training_curves(made.folder / "metrics.parquet"),
+    )  # fmt: skip

@@ -1,0 +1,26 @@
+"""Partitions: a corpus by its name, activations by site, a dictionary and all that follows by dictionary.
+
+The studies are read once, when Dagster loads this code location; after adding a study file, reload it there.
+"""
+
+import dagster as dg
+
+from sae_core.artifacts import PROJECT, home
+from sae_core.studies import Studies
+
+STUDIES = Studies.load(PROJECT / "pipelines" / "studies", home() / "studies")
+
+corpora = dg.StaticPartitionsDefinition(sorted(STUDIES.corpora))
+sites = dg.StaticPartitionsDefinition(sorted(STUDIES.sites))
+dictionaries = dg.StaticPartitionsDefinition(sorted(STUDIES.dictionaries))
+
+corpus_of_site = dg.StaticPartitionMapping({
+    corpus: {site for site in STUDIES.sites if STUDIES.corpus_of(site) == corpus} for corpus in STUDIES.corpora
+})  # fmt: skip
+site_of_dictionary = dg.StaticPartitionMapping({
+    site: {d for d in STUDIES.dictionaries if STUDIES.site_of(d) == site} for site in STUDIES.sites
+})  # fmt: skip
+corpus_of_dictionary = dg.StaticPartitionMapping({
+    corpus: {d for d in STUDIES.dictionaries if STUDIES.corpus_of(STUDIES.site_of(d)) == corpus}
+    for corpus in STUDIES.corpora
+})  # fmt: skip

@@ -1,0 +1,75 @@
+"""Pictures for Dagster's pages.
+
+Dagster draws Markdown of fewer than 1000 characters in place and puts longer Markdown behind a link. So a curve has two
+forms: a small SVG that is seen at once, and a PNG that a click opens.
+"""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import dagster as dg
+import numpy as np
+import pyarrow.parquet as pq
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ACCENT = "#d9622b"
+WIDTH, HEIGHT, POINTS = 240, 48, 40
+
+
+def sparkline(values: Sequence[float], title: str) -> dg.MetadataValue:
+    """The curve as an SVG of fewer than 1000 characters, with its first and last value in words."""
+    if len(values) < 2:
+        return dg.MetadataValue.text(title)
+    picked = np.asarray(values, float)[np.linspace(0, len(values) - 1, min(POINTS, len(values))).astype(int)]
+    y = HEIGHT - (picked - picked.min()) / (np.ptp(picked) or 1) * HEIGHT
+    x = np.linspace(0, WIDTH, len(picked))
+    path = " ".join(f"{a:.0f},{b:.0f}" for a, b in zip(x, y, strict=True))
+    svg = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}">'
+        f'<polyline points="{path}" fill="none" stroke="{ACCENT}"/></svg>'
+    )
+    data = base64.b64encode(svg.encode()).decode()
+    return dg.MetadataValue.md(f"![{title}](data:image/svg+xml;base64,{data}) {values[0]:.3g} to {values[-1]:.3g}")
+
+
+def training_curves(metrics: Path) -> dict[str, dg.MetadataValue]:
+    """`metrics.parquet` of a dictionary: FVU in place, and FVU, L0, dead and learning rate as one picture."""
+    table = pq.read_table(metrics).to_pydict()
+    panels = {name: (table["tokens"], table[name]) for name in ("fvu", "l0", "dead", "lr") if name in table}
+    return {"fvu_curve": sparkline(table["fvu"], "fvu"), "training": _picture(panels)}
+
+
+def scatter(points: Path) -> dg.MetadataValue:
+    """`map.parquet` as a picture: a point for each feature, colored by cluster."""
+    table = pq.read_table(points).to_pydict()
+    figure = _figure(6, 6)
+    axes = figure.add_subplot()
+    axes.scatter(table["x"], table["y"], c=table["cluster"], s=1, cmap="tab20")
+    axes.set_axis_off()
+    return _png(figure)
+
+
+def _picture(panels: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> dg.MetadataValue:
+    figure = _figure(3 * len(panels), 2.4)
+    for axes, (name, (x, y)) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
+        axes.plot(x, y, color=ACCENT)
+        axes.set_title(name)
+        axes.set_xlabel("tokens")
+    return _png(figure)
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure  # half a second, which only a step that draws should pay
+
+    return Figure(figsize=(width, height), dpi=80, layout="tight")
+
+
+def _png(figure: "Figure") -> dg.MetadataValue:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return dg.MetadataValue.md(f"![picture](data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()})")

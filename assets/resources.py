@@ -1,0 +1,133 @@
+"""The one resource: where things are kept, what the machine is, and how a stage is made with both."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import dagster as dg
+from pydantic import Field, ValidationError, create_model
+
+from assets.checks import result
+from assets.partitions import STUDIES
+from sae_core.artifacts import ArtifactStore, Draft, Made, home
+from sae_core.checks import verdicts
+from sae_core.errors import MindAtlasError
+from sae_core.progress import Report
+from sae_core.settings import Settings
+from sae_core.studies import Order
+from sae_core.study import Source
+
+LOG_SECONDS = 20.0
+"""Seconds between two progress lines in Dagster's log, where a line costs a database row."""
+
+watchers: list[Callable[[str], Report]] = []
+"""Who else wants to see progress; the command line puts its progress bar here."""
+
+
+def launchpad(settings: type[Settings]) -> type[dg.Config]:
+    """The run config of a stage: every setting, typed and described; one left empty is what the study says.
+
+    A change made there gives an artifact that differs from its study, and `mind-atlas status` says how.
+    """
+    fields: dict[str, Any] = {"again": (bool, Field(False, description="Make it again even when it is up to date."))}
+    for name, field in settings.model_fields.items():
+        annotation, choices = field.annotation, ""
+        if get_origin(annotation) is Literal:  # Dagster has no optional choice, so say them in words
+            choices, annotation = f" One of {', '.join(get_args(annotation))}.", str
+        if name != "name" and annotation != list[Source]:
+            text = f"{field.description or ''}{choices} Empty: what the study says."
+            fields[name] = (annotation | None, Field(None, description=text))  # type: ignore[operator]
+    return create_model(f"{settings.__name__.removesuffix('Settings')}Run", __base__=dg.Config, **fields)
+
+
+class Workshop(dg.ConfigurableResource):
+    """Where artifacts are kept, and the machine that makes them. No part of any fingerprint."""
+
+    root: str = Field(
+        default="", description="Folder of everything made. Empty: MIND_ATLAS_HOME, or `atlas` in the project."
+    )
+    device: str = Field(
+        default="auto", description="`cpu`, `cuda`, `cuda:1`; `auto` takes a CUDA device when there is one."
+    )
+
+    @property
+    def store(self) -> ArtifactStore:
+        """The store that all stages read and write."""
+        return ArtifactStore(Path(self.root) if self.root else home())
+
+    def torch_device(self) -> str:
+        """The device to compute on."""
+        import torch  # heavy: only a running step pays for it
+
+        return self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+    def make(
+        self,
+        context: dg.AssetExecutionContext,
+        section: str,
+        config: dg.Config,
+        build: Callable[[Order, Draft, Report], dict[str, Any]],
+        describe: Callable[[Made], dict[str, Any]] = lambda made: {},
+    ) -> dg.MaterializeResult:
+        """Make the running asset's partition by `build`, unless it is there, and say what there is now.
+
+        Args:
+            context: the running step; asset and partition name the artifact.
+            section: the study's section that the asset's run config may change.
+            config: the run config, as `launchpad` made it.
+            build: calls the one function of `sae_core`; returns the summary.
+            describe: metadata beyond the summary's numbers: tables and pictures.
+
+        Raises:
+            dagster.Failure: with one line that a user can act on; it is not tried again.
+        """
+        stage, slug = context.asset_key.path[-1], context.partition_key
+        changes = {k: v for k, v in config.model_dump().items() if v is not None and k != "again"}
+        report = _reporter(context, stage)
+        try:
+            order = STUDIES.order(slug).override(section, changes)
+            again = bool(config.model_dump()["again"])
+            made = self.store.make(order.recipe(stage, slug), lambda draft: build(order, draft, report), again=again)
+        except ValidationError as error:
+            raise dg.Failure(f"{section}: {error.errors()[0]['msg']}", allow_retries=False) from error
+        except MindAtlasError as error:
+            raise dg.Failure(str(error), allow_retries=False) from error
+        context.log.info(f"{stage} {slug}: {'cached' if made.cached else f'made in {made.manifest.seconds:.0f} s'}")
+        return dg.MaterializeResult(
+            metadata={**_metadata(made), **describe(made)},
+            data_version=dg.DataVersion(made.manifest.fingerprint),
+            check_results=[result(verdict) for verdict in verdicts(stage, made.manifest.summary, order)],
+        )
+
+
+def _metadata(made: Made) -> dict[str, Any]:
+    """The summary's numbers, where the artifact lies, and what it was made with."""
+    return {
+        **{k: v for k, v in made.manifest.summary.items() if isinstance(v, bool | int | float | str)},
+        "cached": made.cached,
+        "seconds_to_make": made.manifest.seconds,
+        "folder": dg.MetadataValue.path(str(made.folder)),
+        "settings": dg.MetadataValue.json(made.manifest.settings),
+    }
+
+
+def _reporter(context: dg.AssetExecutionContext, stage: str) -> Report:
+    """Progress for the log now and then, and for every watcher at once."""
+    watching = [watch(stage) for watch in watchers]
+    start = last = time.monotonic()
+
+    def report(done: int, total: int, unit: str, **values: float) -> None:
+        nonlocal last
+        for watch in watching:
+            watch(done, total, unit, **values)
+        now = time.monotonic()
+        if now - last >= LOG_SECONDS and done:
+            last = now
+            left = (now - start) / done * (total - done)
+            numbers = "".join(f", {name} {value:.4g}" for name, value in values.items())
+            context.log.info(
+                f"{done:,} of {total:,} {unit}, {done / (now - start):,.0f} a second, {left:.0f} s left{numbers}"
+            )
+
+    return report

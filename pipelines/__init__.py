@@ -1,0 +1,1 @@
+"""Composition only: definitions, jobs, schedules, sensors, and the command line. Logic lives in `sae_core`."""

@@ -1,0 +1,275 @@
+"""`mind-atlas`: make an atlas, look into it, steer with it.
+
+Commands that make things go through Dagster; commands that look read the artifacts alone. Heavy modules are imported
+inside the commands, so that `--help` and a typing error answer at once.
+"""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sae_core.artifacts import PROJECT, ArtifactStore, home
+from sae_core.errors import MindAtlasError
+
+Command = Callable[..., Any]
+
+
+def main() -> None:
+    """Run the command line; every foreseen failure is one line on standard error, and a status that is not 0."""
+    debug = "--debug" in sys.argv
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _die("stopped; what is finished stays, and the same command goes on from there", 130)
+    except Exception as error:
+        if debug:
+            raise
+        message = _message(error)
+        _die(message or f"unexpected {type(error).__name__}: {error}; --debug shows where", 1 if message else 70)
+
+
+def _message(error: BaseException | None) -> str:
+    """The line meant for the user, from the error or from what caused it; empty when there is none."""
+    while error is not None:
+        if isinstance(error, MindAtlasError):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def _die(message: str, status: int) -> None:
+    click.echo(f"mind-atlas: {' '.join(message.split())}", err=True)
+    sys.exit(status)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("--debug", is_flag=True, help="Show tracebacks and Dagster's own log.")
+@click.version_option(package_name="mind-atlas")
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
+    """A labeled, searchable, steerable atlas of the features inside a language model.
+
+    Start with `mind-atlas run`; then `mind-atlas features "some words"`.
+    """
+    context.obj = debug
+    if not debug:
+        warnings.filterwarnings("ignore")
+        logging.disable(logging.WARNING)
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def as_json(command: Command) -> Command:
+    """Add `--json`."""
+    return click.option("--json", "json_", is_flag=True, help="Print one JSON document for machines.")(command)
+
+
+def chosen(command: Command) -> Command:
+    """Add `--study` and `--dictionary`; without them, the newest finished dictionary is meant."""
+    command = click.option("--dictionary", default="", help="Name of a dictionary (default: the newest).")(command)
+    return click.option("--study", default="", help="Study whose first dictionary is meant.")(command)
+
+
+@cli.command()
+@click.argument("study", default="quickstart")
+@click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a CUDA device when there is one.")
+@as_json
+@click.pass_obj
+def run(debug: bool, study: str, device: str, json_: bool) -> None:
+    """Make everything STUDY asks for that is missing or stale: a shipped study's name, or the path of a study file."""
+    name = _register(study)
+    os.environ.setdefault("DAGSTER_HOME", str(PROJECT))
+    if Path(os.environ["DAGSTER_HOME"]) == PROJECT:
+        os.chdir(PROJECT)  # dagster.yaml's paths are seen from the project's folder
+
+    import dagster as dg
+
+    from assets.partitions import STUDIES
+    from assets.resources import Workshop
+    from pipelines.console import err, progress
+    from pipelines.run import bring_up_to_date
+    from pipelines.summary import show, summarize
+
+    wanted, workshop = STUDIES.get(name), Workshop(device=device)
+    with dg.DagsterInstance.get() as instance, progress():
+        for recipe, status in bring_up_to_date(wanted, workshop, instance, log_level="DEBUG" if debug else "CRITICAL"):
+            was = "cached" if status.state == "made" else f"made ({status.why})"
+            err.print(f"{recipe.stage:<12} {recipe.slug}: {was}", markup=False)
+    show(summarize(wanted, workshop.store), json_)
+
+
+@cli.command()
+@click.argument("study", default="quickstart")
+@as_json
+def status(study: str, json_: bool) -> None:
+    """For each stage of STUDY: made, stale or missing, and why."""
+    name = _register(study)
+    from assets.partitions import STUDIES
+    from pipelines.console import out, print_json, table
+    from pipelines.run import plan
+
+    steps = plan(STUDIES.get(name), ArtifactStore(home()))
+    rows = [(s.recipe.stage, s.status.state, s.recipe.slug, s.status.why) for s in steps]
+    if json_:
+        print_json([dict(zip(("stage", "state", "slug", "why"), row, strict=True)) for row in rows])
+    else:
+        out.print(table(("stage", "state", "name", "why"), rows))
+
+
+@cli.command()
+@click.argument("words", nargs=-1, required=True)
+@click.option("--limit", default=10, show_default=True, type=click.IntRange(1))
+@chosen
+@as_json
+def features(words: tuple[str, ...], limit: int, study: str, dictionary: str, json_: bool) -> None:
+    """Find features by WORDS in their labels, examples and promoted tokens."""
+    from pipelines.console import out, print_json, table
+
+    atlas = _atlas(study, dictionary)
+    hits = atlas.search(" ".join(words), limit)
+    if json_:
+        print_json(hits)
+    elif hits:
+        rows = [(h.feature, h.label, h.score, h.density, h.why) for h in hits]
+        out.print(table(("feature", "label", "score", "density", "found in"), rows))
+    else:
+        out.print("nothing found: try fewer or other words", markup=False)
+
+
+@cli.command()
+@click.argument("number", type=int)
+@click.option("--examples", default=8, show_default=True, type=click.IntRange(0), help="Examples shown.")
+@chosen
+@as_json
+def feature(number: int, examples: int, study: str, dictionary: str, json_: bool) -> None:
+    """Feature NUMBER: its label, how often it fires and on what, what it promotes, and its neighbors."""
+    from pipelines.console import print_json
+    from pipelines.summary import show_feature
+
+    card = _atlas(study, dictionary).feature(number)
+    print_json(card) if json_ else show_feature(card, examples)
+
+
+@cli.command()
+@click.argument("text")
+@click.option("--top", default=5, show_default=True, type=click.IntRange(1), help="Features shown for each token.")
+@chosen
+@as_json
+def explain(text: str, top: int, study: str, dictionary: str, json_: bool) -> None:
+    """Which features fire on TEXT, token by token."""
+    from pipelines.console import out, print_json, table
+
+    atlas = _atlas(study, dictionary)
+    tokens = atlas.explain(_model(atlas), text, top)
+    if json_:
+        print_json(tokens)
+        return
+    for token in tokens:
+        out.print(f"\n{token.token!r}", style="bold", markup=False)
+        out.print(table(("feature", "activation", "label"), token.features))
+
+
+@cli.command()
+@click.argument("prompt")
+@click.option(
+    "--feature", "clamps", multiple=True, required=True, metavar="N=STRENGTH",
+    help="Clamp feature N to STRENGTH times its maximum over the corpus; may be given several times.",
+)  # fmt: skip
+@click.option("--max-tokens", default=60, show_default=True, type=click.IntRange(1))
+@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0))
+@click.option("--seed", default=0, show_default=True, help="Seed of both answers.")
+@chosen
+@as_json
+def steer(
+    prompt: str, clamps: tuple[str, ...], max_tokens: int, temperature: float, seed: int,
+    study: str, dictionary: str, json_: bool,
+) -> None:  # fmt: skip
+    """The model's answer to PROMPT as it is, and with features clamped."""
+    from pipelines.console import print_json
+    from pipelines.summary import show_side_by_side
+    from sae_core.steering import Clamp, steered_answers
+
+    wanted = [Clamp(*_clamp(text)) for text in clamps]
+    atlas = _atlas(study, dictionary)
+    answers = steered_answers(
+        _model(atlas), atlas, prompt, wanted, max_tokens=max_tokens, temperature=temperature, seed=seed
+    )
+    print_json(answers) if json_ else show_side_by_side(answers, atlas, wanted)
+
+
+@cli.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=3000, show_default=True)
+def ui(host: str, port: int) -> None:
+    """Dagster's web UI on this project: materialize, watch, schedule."""
+    os.environ.setdefault("DAGSTER_HOME", str(PROJECT))
+    os.chdir(PROJECT)
+    program = str(Path(sys.executable).with_name("dagster"))
+    os.execv(program, [program, "dev", "-m", "pipelines.definitions", "-h", host, "-p", str(port)])
+
+
+def _register(study: str) -> str:
+    """The study's name; a study file elsewhere is linked into the home folder, so that Dagster's UI knows it too."""
+    if not study.endswith(".toml"):
+        return study
+    from sae_core.study import Study
+
+    path = Path(study).expanduser().resolve()
+    name = Study.load(path).name
+    link = home() / "studies" / f"{name}.toml"
+    if path.parent == PROJECT / "pipelines" / "studies" or link == path:
+        return name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if link.exists() and link.resolve() != path:
+        raise MindAtlasError(f"{link} is another study called {name}: rename yours, or remove that file")
+    link.unlink(missing_ok=True)
+    link.symlink_to(path)
+    return name
+
+
+def _atlas(study: str, dictionary: str) -> Any:
+    """The atlas that `--study` and `--dictionary` mean."""
+    from sae_core.atlas import Atlas
+
+    store = ArtifactStore(home())
+    if study and not dictionary:
+        name = _register(study)
+        from assets.partitions import STUDIES
+
+        wanted = STUDIES.get(name)
+        dictionary = wanted.spec(wanted.dictionaries[0]).slug
+    made = {slug: store.get("features", slug).manifest.made_at for slug in store.slugs("features")}
+    if not made:
+        raise MindAtlasError("no atlas is made yet: `mind-atlas run` makes one")
+    if dictionary and dictionary not in made:
+        raise MindAtlasError(f"no finished dictionary {dictionary}: finished are {', '.join(sorted(made))}")
+    return Atlas.open(store, dictionary or max(made, key=lambda slug: made[slug]))
+
+
+def _model(atlas: Any) -> Any:
+    """The language model that an atlas describes."""
+    from assets.partitions import STUDIES
+    from sae_core.language_model import LanguageModel
+
+    return LanguageModel.load(STUDIES.order(atlas.dictionary).study.model, precision="float32")
+
+
+def _clamp(text: str) -> tuple[int, float]:
+    number, equals, strength = text.partition("=")
+    try:
+        return int(number), float(strength if equals else "nothing")
+    except ValueError:
+        raise click.BadParameter(f"{text!r}: write NUMBER=STRENGTH, as in 1234=10", param_hint="--feature") from None
+
+
+if __name__ == "__main__":
+    main()

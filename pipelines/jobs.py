@@ -1,0 +1,47 @@
+"""Jobs over whole studies; the jobs of single stages are in `pipelines.run`."""
+
+import dagster as dg
+from pydantic import Field
+
+from assets.partitions import STUDIES
+from assets.resources import Workshop
+from pipelines.run import bring_up_to_date
+
+
+class StudyRun(dg.Config):
+    """Which study to bring up to date."""
+
+    study: str = Field("quickstart", description="Name of a study.")
+
+
+@dg.op(description="Make every stage of a study that is missing or stale, each as a run of its own.")
+def study_up_to_date(context: dg.OpExecutionContext, config: StudyRun, workshop: Workshop) -> None:
+    """Plan the study and follow the plan."""
+    _follow(context, config.study, workshop)
+
+
+@dg.op(description="Make again whatever is stale in every study that has been built here.")
+def built_studies_up_to_date(context: dg.OpExecutionContext, workshop: Workshop) -> None:
+    """A study counts as built when one of its dictionaries was made."""
+    made = set(workshop.store.slugs("dictionary"))
+    for study in STUDIES:
+        if made & {study.spec(d).slug for d in study.dictionaries}:
+            _follow(context, study.name, workshop)
+
+
+@dg.job(description="From text to a labeled atlas: everything of one study that is missing or stale.")
+def build_atlas() -> None:
+    """One study."""
+    study_up_to_date()
+
+
+@dg.job(description="Keep every built study fresh: changed text, settings or code re-make what follows from them.")
+def retrain() -> None:
+    """All built studies."""
+    built_studies_up_to_date()
+
+
+def _follow(context: dg.OpExecutionContext, name: str, workshop: Workshop) -> None:
+    for recipe, status in bring_up_to_date(STUDIES.get(name), workshop, context.instance):
+        was = f"{status.state} ({status.why})" if status.why else status.state
+        context.log.info(f"{recipe.stage} {recipe.slug}: was {was}")

@@ -1,0 +1,70 @@
+"""Bringing a study up to date, through Dagster: the one way the command line, a job and a schedule all use."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import dagster as dg
+
+from assets.activations import activations
+from assets.corpus import corpus
+from assets.dictionary import dictionary
+from assets.feature_map import feature_map
+from assets.features import features
+from assets.labels import labels
+from assets.neighbors import neighbors
+from assets.partitions import corpora, dictionaries, sites
+from assets.resources import Workshop
+from sae_core.artifacts import ArtifactStore, Recipe, Status
+from sae_core.stages import recipes
+from sae_core.study import Study
+
+ASSETS = [corpus, activations, dictionary, features, neighbors, feature_map, labels]
+
+make_corpus = dg.define_asset_job(
+    "make_corpus", selection="key:corpus", partitions_def=corpora, description="One corpus."
+)
+make_activations = dg.define_asset_job(
+    "make_activations", selection="key:activations", partitions_def=sites, description="One site's activations."
+)
+make_dictionary = dg.define_asset_job(
+    "make_dictionary",
+    selection="key:dictionary+",
+    partitions_def=dictionaries,
+    description="One dictionary and everything that follows from it.",
+)
+STAGE_JOBS = [make_corpus, make_activations, make_dictionary]
+
+
+class Step(NamedTuple):
+    """One stage of a study, and how it stood."""
+
+    recipe: Recipe
+    status: Status
+
+
+def plan(study: Study, store: ArtifactStore) -> list[Step]:
+    """Every stage of the study, parents first, made, stale or missing, and why."""
+    return [Step(recipe, store.status(recipe)) for recipe in recipes(study)]
+
+
+def bring_up_to_date(
+    study: Study, workshop: Workshop, instance: dg.DagsterInstance, *, log_level: str = "INFO"
+) -> Iterator[Step]:
+    """Make what is missing or stale, one Dagster run a stage, and yield each step when it is done or was found made.
+
+    Raises:
+        Exception: what the failing stage raised; what was made before stays.
+    """
+    defs = dg.Definitions(assets=ASSETS, jobs=STAGE_JOBS, resources={"workshop": workshop})
+    stage_job = {"corpus": "make_corpus", "activations": "make_activations"}
+    for recipe in recipes(study):
+        step = Step(recipe, workshop.store.status(recipe))
+        if step.status.state != "made":
+            defs.resolve_job_def(stage_job.get(recipe.stage, "make_dictionary")).execute_in_process(
+                partition_key=recipe.slug,
+                asset_selection=[dg.AssetKey(recipe.stage)],
+                instance=instance,
+                run_config={"loggers": {"console": {"config": {"log_level": log_level}}}},
+                tags={"mind_atlas/study": study.name},
+            )
+        yield step

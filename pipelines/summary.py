@@ -1,0 +1,101 @@
+"""What a person is shown at the end of a run, of one feature, and of two answers side by side."""
+
+from typing import Any
+
+from rich.columns import Columns
+from rich.panel import Panel
+from rich.text import Text
+
+from pipelines.console import out, print_json, table, tokens
+from sae_core.artifacts import ArtifactStore
+from sae_core.atlas import FeatureCard
+from sae_core.checks import verdicts
+from sae_core.studies import Order
+from sae_core.study import Study
+
+HEALTH = {
+    "fvu": "variance unexplained on held-out tokens (FVU)",
+    "l0": "features active on a token (L0)",
+    "dead": "share of features that never fire",
+    "delta_ce": "cross-entropy added by splicing it in, nats a token",
+    "ce_recovered": "cross-entropy recovered, against mean ablation",
+    "ce_recovered_zero": "cross-entropy recovered, against zero ablation",
+}
+NEXT = """
+What to do next:
+  mind-atlas features "some words"                 find features
+  mind-atlas feature N                             one feature, with examples and neighbors
+  mind-atlas explain "some text"                   which features fire on it, token by token
+  mind-atlas steer --feature N=10 "Who are you?"   the model's answer with a feature turned up
+  mind-atlas ui                                    the pipeline in Dagster's web UI"""
+
+
+def summarize(study: Study, store: ArtifactStore) -> dict[str, Any]:
+    """The numbers of a finished study, as JSON values."""
+    corpus = store.get("corpus", study.corpus.name).manifest.summary
+    dictionaries = []
+    for settings in study.dictionaries:
+        slug, order = study.spec(settings).slug, Order(study, settings)
+        stages = ("dictionary", "features", "neighbors", "feature_map", "labels")
+        summaries = {stage: store.get(stage, slug).manifest.summary for stage in stages}
+        failed = [v.text for stage in stages for v in verdicts(stage, summaries[stage], order) if not v.passed]
+        dictionaries.append({"name": slug, "failed_checks": failed, **summaries})
+    return {"study": study.name, "home": str(store.root), "corpus": corpus, "dictionaries": dictionaries}
+
+
+def show(summary: dict[str, Any], json_: bool) -> None:
+    """Print a study's summary, and what to do next."""
+    if json_:
+        print_json(summary)
+        return
+    corpus = summary["corpus"]
+    out.print(
+        f"\n[bold]{summary['study']}[/bold]: {corpus['documents']:,} documents, {corpus['tokens']:,} tokens, "
+        f"{corpus['tokens_held_out']:,} of them held out"
+    )
+    for found in summary["dictionaries"]:
+        out.print(f"\n[bold]{found['name']}[/bold]")
+        out.print(table(("measure", "value"), [(text, float(found["dictionary"][k])) for k, text in HEALTH.items()]))
+        for text in found["failed_checks"]:
+            out.print(f"[bold red]check failed[/bold red]: {text}")
+        examples = found["labels"]["examples"]
+        out.print()
+        out.print(
+            table(("feature", "label", "strongest example"), [(e["feature"], e["label"], e["example"]) for e in examples])
+        )
+    out.print(f"\nEverything is in {summary['home']} (atlas.duckdb there answers SQL).", markup=False)
+    out.print(NEXT, markup=False)
+
+
+def show_feature(card: FeatureCard, limit: int) -> None:
+    """One feature: label, statistics, promoted tokens, examples with highlighted tokens, neighbors."""
+    row = card.row
+    out.print(f"[bold]feature {row.feature}[/bold]", end="  ")
+    out.print(card.name or "no label yet", markup=False)
+    if card.label and card.label["description"]:
+        out.print(f"{card.label['description']}  [{card.label['kind']}; by {card.label['model']}]", markup=False)
+    if row.is_dead:
+        out.print("dead: it never fires on the corpus", markup=False)
+    out.print(
+        f"fires on {row.density:.3%} of tokens ({row.n_fired:,}), at most {row.max_act:.3g}, {row.mean_act:.3g} on average"
+    )
+    out.print(f"fires on:   {_tokens(row.top_tokens)}", markup=False)
+    out.print(f"promotes:   {_tokens(row.promoted)}", markup=False)
+    out.print(f"suppresses: {_tokens(row.suppressed)}", markup=False)
+    for example in card.examples[:limit]:
+        out.print(Text(f"{example.act:8.3g}  ") + tokens(example.tokens, example.acts, row.max_act))
+    if card.neighbors:
+        out.print()
+        out.print(table(("neighbor", "cosine", "label"), [(n.feature, n.cosine, n.label) for n in card.neighbors]))
+
+
+def show_side_by_side(answers: dict[str, Any]) -> None:
+    """The default and the steered answer, beside each other where the terminal is wide enough."""
+    width = max(30, out.width // 2 - 2)
+    panels = [Panel(Text(answers[key]), title=key, width=width) for key in ("default", "steered")]
+    out.print(Text("; ".join(f"feature {c['feature']} at {c['strength']:g}x: {c['label']}" for c in answers["clamps"])))
+    out.print(Columns(panels))
+
+
+def _tokens(strings: list[str]) -> str:
+    return " ".join(repr(string) for string in strings)

@@ -1,0 +1,124 @@
+"""What a stage's numbers must be: each check once, for Dagster's pages and for the command line.
+
+The bounds are the study's `[checks]`; the numbers are the stage's summary.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from sae_core.studies import Order
+from sae_core.study import CheckSettings
+
+
+class Bounds(NamedTuple):
+    """The range a number must lie in, ends included."""
+
+    low: float = -math.inf
+    high: float = math.inf
+
+
+class Check(NamedTuple):
+    """One number of a summary, and the range that it must lie in."""
+
+    name: str
+    description: str
+    number: Callable[[dict[str, Any]], float]
+    bounds: Callable[[CheckSettings, Order], Bounds]
+    warns: bool = False
+    """True when failing is worth a warning but no error."""
+
+
+class Verdict(NamedTuple):
+    """A check's outcome."""
+
+    check: Check
+    value: float
+    bounds: Bounds
+
+    @property
+    def passed(self) -> bool:
+        """False for NaN, too."""
+        return self.bounds.low <= self.value <= self.bounds.high
+
+    @property
+    def text(self) -> str:
+        """The number and its range, in words."""
+        limits = (f"at least {self.bounds.low:.4g}", f"at most {self.bounds.high:.4g}")
+        wanted = " and ".join(t for t, b in zip(limits, self.bounds, strict=True) if math.isfinite(b))
+        return f"{self.check.name} is {self.value:.4g}; wanted {wanted}"
+
+
+def _number(key: str) -> Callable[[dict[str, Any]], float]:
+    return lambda summary: float(summary[key])
+
+
+def _l0(wanted: CheckSettings, order: Order) -> Bounds:
+    assert order.dictionary is not None, "only a dictionary's order is checked for its L0"
+    k = order.dictionary.k
+    return Bounds(k * (1 - wanted.l0_tolerance), k * (1 + wanted.l0_tolerance))
+
+
+def _share_finite(summary: dict[str, Any]) -> float:
+    numbers = [value for value in summary.values() if isinstance(value, float)]
+    return sum(map(math.isfinite, numbers)) / max(len(numbers), 1)
+
+
+CHECKS: dict[str, list[Check]] = {
+    "corpus": [
+        Check(
+            "enough_text", "The sources filled the token budget (share of it).",
+            lambda s: 1 - s["short_by"] / (s["short_by"] + s["tokens"]), lambda wanted, order: Bounds(low=0.9), warns=True,
+        ),
+    ],
+    "activations": [
+        Check(
+            "few_sinks", "Attention sinks, which are left out, are a small share of the tokens.",
+            _number("sink_share"), lambda wanted, order: Bounds(high=0.1), warns=True,
+        ),
+    ],
+    "dictionary": [
+        Check("finite", "Every number of the evaluation is finite (share).", _share_finite, lambda w, o: Bounds(low=1)),
+        Check(
+            "fvu", "Fraction of variance unexplained on held-out tokens.",
+            _number("fvu"), lambda wanted, order: Bounds(high=wanted.fvu_max),
+        ),
+        Check("l0", "Features active on a held-out token, against k.", _number("l0"), _l0),
+        Check(
+            "dead", "Share of features that never fire on the corpus.",
+            _number("dead"), lambda wanted, order: Bounds(high=wanted.dead_max),
+        ),
+        Check(
+            "ce_recovered", "Cross-entropy that the spliced dictionary keeps, against mean ablation.",
+            _number("ce_recovered"), lambda wanted, order: Bounds(low=wanted.ce_recovered_min),
+        ),
+    ],
+    "features": [
+        Check(
+            "alive", "Share of features without a single firing.",
+            _number("dead"), lambda wanted, order: Bounds(high=wanted.dead_max),
+        ),
+    ],
+    "neighbors": [
+        Check(
+            "recall", "Recall@10 of the index against exact search.",
+            _number("recall_at_10"), lambda wanted, order: Bounds(low=wanted.recall_min),
+        ),
+    ],
+    "feature_map": [
+        Check("finite", "Every place on the map is finite (share).", _share_finite, lambda w, o: Bounds(low=1)),
+    ],
+    "labels": [
+        Check(
+            "labeled", "Share of the features asked for that got a written label.",
+            _number("labeled"),
+            lambda wanted, order: Bounds(low=wanted.labeled_min if order.study.labels.features else 0),
+        ),
+    ],
+}  # fmt: skip
+
+
+def verdicts(stage: str, summary: dict[str, Any], order: Order) -> list[Verdict]:
+    """The outcome of every check of a stage."""
+    wanted = order.study.checks
+    return [Verdict(check, check.number(summary), check.bounds(wanted, order)) for check in CHECKS[stage]]

@@ -1,0 +1,62 @@
+"""The stages of an atlas and what each is made from: the one place that knows the shape of the pipeline.
+
+    corpus -> activations -> dictionary -> features -> labels
+                                       -> neighbors
+                                       -> feature_map
+
+A stage's version is raised when its code gives another result for the same settings.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from sae_core.artifacts import Recipe
+from sae_core.catalog import identify_model, identify_text
+from sae_core.settings import Settings
+from sae_core.study import CorpusSettings, DictionarySettings, Study
+
+VERSIONS = {
+    "corpus": 1, "activations": 1, "dictionary": 1, "features": 1, "neighbors": 1, "feature_map": 1, "labels": 1,
+}  # fmt: skip
+
+
+def recipes(study: Study) -> Iterator[Recipe]:
+    """Every artifact that the study asks for, parents first.
+
+    Raises:
+        MindAtlasError: a model or a source of text cannot be found.
+    """
+    model = identify_model(study.model)
+    corpus = _recipe("corpus", study.corpus.name, _corpus_settings(study.corpus) | {"model": model})
+    yield corpus
+    activations = _recipe("activations", study.site.slug, _settings(study.activations) | {"model": model}, corpus)
+    yield activations
+    for dictionary in study.dictionaries:
+        yield from _dictionary_recipes(study, dictionary, corpus, activations)
+
+
+def _dictionary_recipes(
+    study: Study, dictionary: DictionarySettings, corpus: Recipe, activations: Recipe
+) -> Iterator[Recipe]:
+    slug = study.spec(dictionary).slug
+    trained = _recipe("dictionary", slug, _settings(dictionary), corpus, activations)
+    features = _recipe("features", slug, _settings(study.features), corpus, activations, trained)
+    yield trained
+    yield features
+    yield _recipe("neighbors", slug, _settings(study.neighbors), trained)
+    yield _recipe("feature_map", slug, _settings(study.feature_map), trained)
+    yield _recipe("labels", slug, _settings(study.labels), features)
+
+
+def _recipe(stage: str, slug: str, settings: dict[str, Any], *parents: Recipe) -> Recipe:
+    return Recipe(stage, slug, VERSIONS[stage], settings, parents)
+
+
+def _settings(settings: Settings) -> dict[str, Any]:
+    return settings.model_dump(mode="json")
+
+
+def _corpus_settings(corpus: CorpusSettings) -> dict[str, Any]:
+    """The corpus's settings with each source's content in place of where it lies."""
+    sources = [_settings(s) | {"source": identify_text(s)} for s in corpus.sources]
+    return _settings(corpus) | {"sources": sources}

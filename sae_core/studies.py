@@ -1,0 +1,105 @@
+"""All studies one knows of, and the way from an artifact's name back to the study that wants it."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from sae_core.artifacts import Recipe
+from sae_core.settings import Settings
+from sae_core.stages import recipes
+from sae_core.study import DictionarySettings, Study, StudyError
+
+
+class Order(NamedTuple):
+    """An artifact somebody asks for: the study that describes it, and which of its dictionaries, if it is one's."""
+
+    study: Study
+    dictionary: DictionarySettings | None
+
+    def settings(self, section: str) -> Settings:
+        """The study's settings of one section, named as in the study file."""
+        if section == "dictionary":
+            assert self.dictionary is not None, "only the stages of a dictionary ask for it"
+            return self.dictionary
+        return getattr(self.study, section)
+
+    def override(self, section: str, changes: dict[str, object]) -> "Order":
+        """The same order with some settings of a section changed; names stay, fingerprints do not."""
+        old = self.settings(section)
+        new = type(old).model_validate(old.model_dump() | changes)
+        if section == "dictionary":
+            return Order(self.study.model_copy(update={"dictionaries": [new]}), new)  # type: ignore[arg-type]
+        return Order(self.study.model_copy(update={section: new}), self.dictionary)
+
+    def recipe(self, stage: str, slug: str) -> Recipe:
+        """What the artifact is made from."""
+        return next(r for r in recipes(self.study) if r.stage == stage and r.slug == slug)
+
+
+class Studies:
+    """Studies by name, and the artifacts they ask for."""
+
+    def __init__(self, studies: Iterable[Study]) -> None:
+        self.by_name: dict[str, Study] = {}
+        self.corpora: dict[str, Order] = {}
+        self.sites: dict[str, Order] = {}
+        self.dictionaries: dict[str, Order] = {}
+        for study in studies:
+            self._add(study)
+
+    @classmethod
+    def load(cls, *folders: Path) -> "Studies":
+        """Every `*.toml` of the folders; a link is followed, and one that leads nowhere is passed over.
+
+        Raises:
+            StudyError: a file is no valid study, or two studies want different things under one name.
+        """
+        files = (file.resolve() for folder in folders for file in sorted(folder.glob("*.toml")))
+        return cls(Study.load(file) for file in files if file.is_file())
+
+    def __iter__(self) -> Iterator[Study]:
+        return iter(self.by_name.values())
+
+    def get(self, name: str) -> Study:
+        """The study of that name. Raises StudyError, listing the known ones."""
+        if name not in self.by_name:
+            known = ", ".join(sorted(self.by_name)) or "none"
+            raise StudyError(f"no study {name!r}: known are {known}; or give the path of a .toml file")
+        return self.by_name[name]
+
+    def order(self, slug: str) -> Order:
+        """The order behind an artifact's name. Raises StudyError when no study asks for it."""
+        for table in (self.corpora, self.sites, self.dictionaries):
+            if slug in table:
+                return table[slug]
+        raise StudyError(f"no study asks for {slug}: add its study file again, and reload Dagster's code location")
+
+    def site_of(self, dictionary: str) -> str:
+        """Slug of the site that a dictionary is trained on."""
+        return self.dictionaries[dictionary].study.site.slug
+
+    def corpus_of(self, site: str) -> str:
+        """Name of the corpus that a site is read over."""
+        return self.sites[site].study.corpus.name
+
+    def _add(self, study: Study) -> None:
+        if study.name in self.by_name:
+            raise StudyError(f"two study files are called {study.name}: rename one")
+        self.by_name[study.name] = study
+        _enter(self.corpora, study.corpus.name, Order(study, None), "model", "corpus")
+        _enter(self.sites, study.site.slug, Order(study, None), "model", "corpus", "activations")
+        for dictionary in study.dictionaries:
+            slug = study.spec(dictionary).slug
+            sections = ("dictionary", "features", "neighbors", "feature_map", "labels")
+            _enter(self.dictionaries, slug, Order(study, dictionary), *sections)
+
+
+def _enter(table: dict[str, Order], slug: str, order: Order, *sections: str) -> None:
+    """Enter an order under its name, unless another study means something else by that name."""
+    other = table.setdefault(slug, order)
+    for section in sections:
+        if other.settings(section) != order.settings(section):
+            raise StudyError(
+                f"studies {other.study.name} and {order.study.name} both make {slug}, but with another [{section}]: "
+                "make the sections equal, or give one study a corpus `name` or a dictionary `variant` of its own"
+            )

@@ -1,0 +1,387 @@
+"""A study: one TOML file that says what to map. Its schema, its names, and its sweep.
+
+Every setting that decides what an artifact holds is declared here, once, with its default and the source of
+that default. How a machine does the work (device, threads, concurrency) is no part of a study.
+
+This module is light: it must import in milliseconds, because every Dagster process reads it.
+"""
+
+import itertools
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from sae_core.errors import MindAtlasError
+from sae_core.settings import Settings
+
+Hook = Literal["resid_pre", "resid_post", "mlp_in", "mlp_out", "attn_out"]
+Architecture = Literal["batch_top_k"]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class StudyError(MindAtlasError):
+    """A study file that cannot be used; the message names the file, the key and the cure."""
+
+
+class ModelSettings(Settings):
+    """The language model whose activations are mapped."""
+
+    source: str
+    """A catalog name (`smollm2-135m-instruct`), a Hugging Face id, a local folder, or a `.gguf` file."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face id; a commit makes the study reproducible."""
+
+    @property
+    def slug(self) -> str:
+        """The model's short name in paths: the last part of its source, in lower case."""
+        return _slug(Path(self.source).name.removesuffix(".gguf"))
+
+
+class Source(Settings):
+    """One source of text."""
+
+    source: str
+    """A catalog name (`wiki-en`), a folder or file (text, JSONL, Parquet), or `hf:` and a `datasets` id."""
+    weight: float = Field(1.0, gt=0)
+    """Share of the token budget, relative to the other sources; what a small source cannot fill goes to the rest."""
+    text_field: str = "text"
+    """Column or key that holds the text (JSONL, Parquet, `datasets`)."""
+    language: str = ""
+    """Language of the text, when one knows it; catalog entries bring their own."""
+    kind: str = ""
+    """Register of the text (`encyclopedia`, `code`), when one knows it."""
+    license: str = ""
+    """License of the text; catalog entries bring their own."""
+    config: str | None = None
+    """Configuration of a `datasets` id."""
+    split: str = "train"
+    """Split of a `datasets` id."""
+    revision: str | None = None
+    """Branch, tag or commit of a `datasets` id."""
+
+
+class CorpusSettings(Settings):
+    """Text, de-duplicated, tokenized with the model's tokenizer and packed into blocks."""
+
+    name: str
+    """Name of the corpus; studies that give the same name must give the same settings. Default: the study's name."""
+    sources: list[Source] = Field(min_length=1)
+    """Where the text comes from; a plain string is short for `{source = ...}`."""
+    tokens: int = Field(400_000, ge=1)
+    """Token budget over all sources; a corpus that runs short ends earlier and says so."""
+    block_tokens: int = Field(256, ge=8)
+    """Tokens a block: the longest context that the model sees while activations are made."""
+    held_out: Share = 0.05
+    """Share of the documents kept from training, for every reported number."""
+    min_characters: int = Field(40, ge=1)
+    """Shorter documents are dropped."""
+    max_document_tokens: int = Field(4096, ge=8)
+    """Longer documents are cut here, so that no single one fills the corpus."""
+    seed: int = 0
+    """Order of the documents and choice of the held-out ones."""
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _strings_are_sources(cls, value: Any) -> Any:
+        return [{"source": s} if isinstance(s, str) else s for s in value] if isinstance(value, list) else value
+
+
+class ActivationSettings(Settings):
+    """Which activations are read, and how they are kept."""
+
+    hook: Hook = "resid_post"
+    """Where the model is read: the residual stream before or after a layer, or a sublayer's input or output."""
+    layer: int = Field(ge=0)
+    """Layer that is read, counted from 0; the middle of the model is the paper's choice."""
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    """Arithmetic of the model's forward pass, and the type the activations are kept in."""
+    sink_norm: float = Field(10.0, gt=1)
+    """Tokens whose norm is above this many medians are attention sinks, left out of training and statistics."""
+    shard_tokens: int = Field(65_536, ge=256)
+    """Tokens a shard file; the shuffle mixes tokens within a shard and blocks over all shards."""
+    seed: int = 0
+    """Order of the blocks over the shards, and of the tokens within a shard."""
+
+
+class DictionarySettings(Settings):
+    """The sparse dictionary and how it is trained."""
+
+    architecture: Architecture = "batch_top_k"
+    """Which sparse autoencoder; see `sae_core/dictionary/`."""
+    d_sae: int = Field(4096, ge=1)
+    """Number of features."""
+    k: int = Field(32, ge=1)
+    """Features active on a token, on average."""
+    tokens: int = Field(2_000_000, ge=1)
+    """Activations seen in training; a smaller set is read several times over, in a new order each time."""
+    batch_tokens: int = Field(2048, ge=1)
+    """Activations a step."""
+    lr: float | None = Field(None, gt=0)
+    """Peak learning rate; default 2e-4 / sqrt(d_sae / 2^14) (Gao et al. 2024; dictionary_learning's TopK trainer)."""
+    lr_warmup: Share = 0.05
+    """Share of the steps over which the learning rate rises from 0."""
+    lr_decay: Share = 0.2
+    """Share of the steps, at the end, over which it falls to 0 (Anthropic, April 2024)."""
+    aux_coefficient: float = Field(1 / 32, ge=0)
+    """Weight of the auxiliary loss that revives dead features (Gao et al. 2024, A.2)."""
+    dead_after_tokens: int = Field(200_000, ge=1)
+    """A feature that has not fired for this many activations counts as dead in training."""
+    evaluation_tokens: int = Field(16_384, ge=256)
+    """Held-out tokens on which the dictionary is spliced into the model to measure loss recovered."""
+    seed: int = 0
+    """Initial weights and order of the batches."""
+    variant: str = Field("", pattern=r"^[a-z0-9-]*$")
+    """Suffix of the dictionary's name, for a second one that differs in none of the named settings."""
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> "DictionarySettings":
+        if self.k > self.d_sae:
+            raise ValueError(f"k = {self.k} is more than d_sae = {self.d_sae}: give a k of at most d_sae")
+        if self.lr_warmup + self.lr_decay > 1:
+            raise ValueError("lr_warmup and lr_decay together exceed 1: the two shares must not overlap")
+        return self
+
+
+class FeatureSettings(Settings):
+    """What is kept about each feature: how often it fires, on what, and what it promotes."""
+
+    levels: int = Field(5, ge=1, le=50)
+    """Activation levels, equally wide from 0 to the feature's maximum, from which examples are drawn."""
+    top_examples: int = Field(12, ge=1)
+    """Strongest examples kept, at most one for each context."""
+    level_examples: int = Field(4, ge=0)
+    """Examples drawn at random from each level."""
+    context_tokens: int = Field(32, ge=2)
+    """Tokens of context kept with an example."""
+    promoted_tokens: int = Field(12, ge=1)
+    """Tokens listed whose logit the feature raises most, and as many that it lowers most."""
+    seed: int = 0
+    """Choice of the examples within a level."""
+
+
+class NeighborSettings(Settings):
+    """Nearest features by the angle between decoder rows."""
+
+    count: int = Field(20, ge=1)
+    """Neighbors kept for each feature."""
+    exact_up_to: int = Field(65_536, ge=1)
+    """Up to this many features the index is exact; above it is an HNSW graph whose recall is measured."""
+    hnsw_links: int = Field(32, ge=4)
+    """Links a node of the HNSW graph (M)."""
+    hnsw_search: int = Field(256, ge=8)
+    """Breadth of the HNSW search (efSearch); higher is slower and finds more."""
+
+
+class FeatureMapSettings(Settings):
+    """A picture of the features: nearby points have similar decoder rows."""
+
+    n_neighbors: int = Field(15, ge=2)
+    """UMAP neighborhood (Bricken et al. 2023)."""
+    min_dist: float = Field(0.05, ge=0)
+    """UMAP least distance between points (Bricken et al. 2023)."""
+    min_cluster_size: int = Field(8, ge=2)
+    """Smallest HDBSCAN cluster."""
+    seed: int = 0
+    """Layout; with a seed UMAP runs on one thread and repeats exactly."""
+
+
+class LabelSettings(Settings):
+    """Short names for features, written by a language model from examples."""
+
+    model: str = "qwen2.5-coder-1.5b-instruct"
+    """A catalog name (served by llama.cpp on loopback), or the model's name at `base_url`."""
+    base_url: str = ""
+    """An OpenAI-compatible endpoint; empty for a local server. The key comes from OPENAI_API_KEY."""
+    features: int = Field(40, ge=0)
+    """Features given a written label, strongest first; every live feature gets a lexical label besides."""
+    examples: int = Field(8, ge=1)
+    """Examples shown for each feature, over its activation levels."""
+    temperature: float = Field(0.0, ge=0)
+    """Sampling temperature; 0 takes the most likely answer."""
+    seed: int = 0
+    """Choice of the examples shown, and of the sampling where the server takes one."""
+
+
+class CheckSettings(Settings):
+    """The range in which this study's numbers must lie; outside it an asset check fails."""
+
+    fvu_max: float = Field(0.25, gt=0)
+    """Largest fraction of variance unexplained on held-out tokens."""
+    l0_tolerance: Share = 0.15
+    """Largest relative distance of the held-out L0 from k."""
+    dead_max: Share = 0.05
+    """Largest share of features that never fire on the corpus."""
+    ce_recovered_min: float = Field(0.8, le=1)
+    """Least share of the cross-entropy, against mean ablation, that the spliced dictionary keeps."""
+    recall_min: Share = 0.95
+    """Least recall@10 of the neighbor index against exact search."""
+    labeled_min: Share = 0.8
+    """Least share of the asked-for features that got a written label."""
+
+
+class Site(NamedTuple):
+    """A place in a model, read over a corpus."""
+
+    model: str
+    hook: str
+    layer: int
+    corpus: str
+
+    @property
+    def slug(self) -> str:
+        return f"{self.model}.{self.hook}.L{self.layer:02d}.{self.corpus}"
+
+    @classmethod
+    def parse(cls, slug: str) -> "Site":
+        """The site of a slug. Raises StudyError when it is none. Model names may hold dots; the other parts do not."""
+        parts = slug.rsplit(".", 3)
+        if len(parts) != 4 or not all(parts) or not re.fullmatch(r"L\d{2,}", parts[2]):
+            raise StudyError(f"{slug!r} is no site: expected <model>.<hook>.L<layer>.<corpus>")
+        return cls(parts[0], parts[1], int(parts[2][1:]), parts[3])
+
+
+class DictionarySpec(NamedTuple):
+    """One dictionary at a site: what its name says of it."""
+
+    site: Site
+    architecture: str
+    d_sae: int
+    k: int
+    variant: str = ""
+
+    @property
+    def slug(self) -> str:
+        end = f".{self.variant}" if self.variant else ""
+        return f"{self.site.slug}.{self.architecture}.w{self.d_sae}.k{self.k}{end}"
+
+    @classmethod
+    def parse(cls, slug: str) -> "DictionarySpec":
+        """The dictionary of a slug. Raises StudyError when it is none."""
+        found = re.fullmatch(r"(.+)\.([a-z_]+)\.w(\d+)\.k(\d+)(?:\.([a-z0-9-]+))?", slug)
+        if not found:
+            raise StudyError(f"{slug!r} is no dictionary: expected <site>.<architecture>.w<d_sae>.k<k>[.<variant>]")
+        site, architecture, d_sae, k, variant = found.groups()
+        return cls(Site.parse(site), architecture, int(d_sae), int(k), variant or "")
+
+
+class Study(Settings):
+    """A study file, checked; a list in a dictionary field has become several dictionaries."""
+
+    name: str
+    description: str = ""
+    """One sentence for people."""
+    model: ModelSettings
+    corpus: CorpusSettings
+    activations: ActivationSettings
+    dictionaries: list[DictionarySettings]
+    """The sweep: one entry for each combination of the `[dictionary]` table's lists."""
+    features: FeatureSettings = FeatureSettings()
+    neighbors: NeighborSettings = NeighborSettings()
+    feature_map: FeatureMapSettings = FeatureMapSettings()
+    labels: LabelSettings = LabelSettings()
+    checks: CheckSettings = CheckSettings()
+
+    @property
+    def site(self) -> Site:
+        return Site(self.model.slug, self.activations.hook, self.activations.layer, self.corpus.name)
+
+    def spec(self, dictionary: DictionarySettings) -> DictionarySpec:
+        d = dictionary
+        return DictionarySpec(self.site, d.architecture, d.d_sae, d.k, d.variant)
+
+    @classmethod
+    def load(cls, path: Path) -> "Study":
+        """Read and check a study file; relative paths in it are taken from the file's own folder.
+
+        Raises:
+            StudyError: the file is missing, is no TOML, or holds an unknown key or a bad value.
+        """
+        try:
+            table = tomllib.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            raise StudyError(
+                f"no study file {path}: give the path of a .toml file, or a shipped study's name"
+            ) from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise StudyError(f"{path} is not a TOML file: {error}") from None
+        return cls.from_table(table, name=path.stem, file=str(path), folder=path.parent)
+
+    @classmethod
+    def from_table(cls, table: dict[str, Any], *, name: str, file: str = "study", folder: Path = Path()) -> "Study":
+        """As `load`, from a parsed table; `name` is the study's name, which is also its corpus's when none is given."""
+        try:
+            table = _resolve_paths({**table, "name": _slug(name)}, folder)
+            table["corpus"] = {"name": table["name"], **table.get("corpus", {})}
+            table["dictionaries"] = _sweep(table.pop("dictionary", {}))
+            study = cls.model_validate(table)
+        except ValidationError as error:
+            raise StudyError(f"{file}: {_explain(error)}") from None
+        except ValueError as error:
+            raise StudyError(f"{file}: {error}") from None
+        slugs = [study.spec(d).slug for d in study.dictionaries]
+        if twice := next((s for s in slugs if slugs.count(s) > 1), None):
+            raise StudyError(f"{file}: two dictionaries are called {twice}: give each a `variant` of its own")
+        return study
+
+
+def _slug(name: str) -> str:
+    slug = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.")
+    if not slug:
+        raise ValueError(f"{name!r} leaves nothing to name files with: use letters and digits")
+    return slug
+
+
+def _resolve_paths(table: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Sources that are paths (they begin with `.`, `/` or `~`) become absolute, seen from the study's folder."""
+
+    def resolve(source: Any) -> Any:
+        is_path = isinstance(source, str) and source.startswith((".", "/", "~"))
+        return str((folder / Path(source).expanduser()).resolve()) if is_path else source
+
+    def with_source(entry: Any) -> Any:
+        return {**entry, "source": resolve(entry.get("source"))} if isinstance(entry, dict) else resolve(entry)
+
+    for key in ("model", "corpus"):
+        if not isinstance(table.get(key, {}), dict):
+            raise ValueError(f"{key}: must be a table, [{key}]")
+    if "model" in table:
+        table["model"] = with_source(table["model"])
+    if isinstance(sources := table.get("corpus", {}).get("sources"), list):
+        table["corpus"] = {**table["corpus"], "sources": [with_source(s) for s in sources]}
+    return table
+
+
+def _sweep(dictionary: Any) -> list[dict[str, Any]]:
+    """One table for each combination of the lists in `[dictionary]`."""
+    if not isinstance(dictionary, dict):
+        raise ValueError("dictionary: must be a table, [dictionary]")
+    axes = [[(key, v) for v in (value if isinstance(value, list) else [value])] for key, value in dictionary.items()]
+    if empty := next((key for key, value in dictionary.items() if value == []), None):
+        raise ValueError(f"dictionary.{empty}: the list is empty: give at least one value")
+    return [dict(combination) for combination in itertools.product(*axes)]
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem of a validation, as one line with the key, the value and the cure."""
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"] if not isinstance(part, int))
+    key = key.replace("dictionaries", "dictionary")
+    if problem["type"] == "extra_forbidden":
+        known = ", ".join(sorted(_known_keys(problem["loc"])))
+        return f"{key}: unknown key; known here: {known}"
+    if problem["type"] == "missing":
+        return f"{key}: missing; add it"
+    return f"{key} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}" if key else problem["msg"]
+
+
+def _known_keys(location: tuple[int | str, ...]) -> set[str]:
+    """The keys that the table holds in which the last part of `location` is unknown."""
+    model: type[Settings] = Study
+    for part in (p for p in location[:-1] if isinstance(p, str)):
+        annotation = model.model_fields[part].annotation
+        model = getattr(annotation, "__args__", (annotation,))[0] or annotation
+    known = set(model.model_fields)
+    return {"dictionary" if key == "dictionaries" else key for key in known - {"name"}} if model is Study else known

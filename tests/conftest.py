@@ -1,0 +1,116 @@
+"""Fixtures that every test may use: a real (tiny, random) language model on disk, a folder of text, a study of both.
+
+The home folder is set before anything is imported: studies are read when `assets.partitions` is.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+HOME = Path(tempfile.mkdtemp(prefix="mind-atlas-tests-"))
+atexit.register(shutil.rmtree, HOME, ignore_errors=True)
+os.environ["MIND_ATLAS_HOME"] = str(HOME)
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for a hub
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SENTENCES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "Rain fell on the old bridge while the river rose below it.",
+    "def add(a, b):\n    return a + b",
+    "for i in range(10):\n    print(i)",
+    "Le pont traverse la rivière, et la ville dort encore.",
+    "Les enfants jouent dans le jardin derrière la maison.",
+    "El puente cruza el río y la ciudad duerme todavía.",
+    "Мост пересекает реку, и город ещё спит.",
+    "A planet turns around its star once every long year.",
+    "She measured the flour, the sugar and two eggs, then baked the cake.",
+)
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+TINY_STUDY = """
+description = "A random model of four layers, for tests."
+[model]
+source = "../models/tiny-llama"
+[corpus]
+sources = ["../text"]
+tokens = 6_000
+block_tokens = 32
+held_out = 0.2
+[activations]
+layer = 2
+precision = "float32"
+shard_tokens = 2048
+[dictionary]
+d_sae = 64
+k = 4
+tokens = 20_000
+batch_tokens = 256
+evaluation_tokens = 512
+[feature_map]
+min_cluster_size = 3
+[labels]
+features = 0
+[checks]
+fvu_max = 1.0
+dead_max = 1.0
+ce_recovered_min = -10.0
+l0_tolerance = 0.5
+"""
+(HOME / "studies").mkdir()
+(HOME / "studies" / "tiny.toml").write_text(TINY_STUDY, "utf-8")
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    """Folder of a random 4-layer Llama (d_model 32) with a byte-level BPE of 512 tokens and a chat template."""
+    folder = HOME / "models" / "tiny-llama"
+    _tokenizer().save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None, eos_token_id=2, pad_token_id=2,
+        tie_word_embeddings=True, initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_folder() -> Path:
+    """Folder of sixty small text files in four languages and Python."""
+    folder = HOME / "text"
+    folder.mkdir()
+    for i in range(60):
+        first, second = SENTENCES[i % len(SENTENCES)], SENTENCES[(i * 7 + 3) % len(SENTENCES)]
+        (folder / f"{i:02d}.txt").write_text(f"Number {i}. {first}\n{second}\n" * 3, "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_study(tiny_model: Path, text_folder: Path) -> Path:
+    """The study file of the tiny model; its name, and its corpus's, is `tiny`."""
+    return HOME / "studies" / "tiny.toml"
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=["<|endoftext|>", "<|start|>", "<|end|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(SENTENCES * 3, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    fast.chat_template = CHAT_TEMPLATE
+    return fast

@@ -1,0 +1,135 @@
+import re
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from assets.partitions import STUDIES
+from assets.resources import Workshop
+from pipelines.definitions import build_defs, defs
+from pipelines.run import bring_up_to_date, plan
+from sae_core.artifacts import ArtifactStore
+from sae_core.stages import VERSIONS
+
+
+def test_definitions_load_and_every_stage_is_an_asset():
+    dg.Definitions.validate_loadable(defs)
+    keys = {key.to_user_string() for key in defs.resolve_all_asset_keys()}
+    assert keys == set(VERSIONS)
+
+
+def test_every_asset_has_a_description_a_group_a_kind_and_a_check():
+    specs = {spec.key.to_user_string(): spec for spec in defs.resolve_all_asset_specs()}
+    graph = defs.resolve_asset_graph()
+    for name, spec in specs.items():
+        assert spec.description, name
+        assert spec.group_name != "default", name
+        assert spec.kinds, name
+        assert graph.get_check_keys_for_assets({spec.key}), name
+
+
+def test_lineage_runs_from_the_corpus_to_the_labels():
+    graph = defs.resolve_asset_graph()
+    nodes = {key.to_user_string(): graph.get(key) for key in graph.get_all_asset_keys()}
+    parents = {name: {parent.to_user_string() for parent in node.parent_keys} for name, node in nodes.items()}
+    assert parents["activations"] == {"corpus"}
+    assert parents["dictionary"] == {"activations", "corpus"}
+    assert parents["features"] == {"dictionary", "activations", "corpus"}
+    assert parents["labels"] == {"features"}
+    assert parents["neighbors"] == parents["feature_map"] == {"dictionary"}
+
+
+def test_a_dictionary_hangs_on_its_own_site_and_a_site_on_its_own_corpus(tiny_study: Path):
+    graph = defs.resolve_asset_graph()
+    study = STUDIES.get("tiny")
+    slug = study.spec(study.dictionaries[0]).slug
+    with dg.DagsterInstance.ephemeral() as instance:
+        for child, parent, key, expected in (
+            ("dictionary", "activations", slug, study.site.slug),
+            ("dictionary", "corpus", slug, "tiny"),
+            ("activations", "corpus", study.site.slug, "tiny"),
+        ):
+            mapping = graph.get_partition_mapping(dg.AssetKey(child), dg.AssetKey(parent))
+            upstream, downstream = (graph.get(dg.AssetKey(name)).partitions_def for name in (parent, child))
+            with dg.partition_loading_context(dynamic_partitions_store=instance):
+                mapped = mapping.get_upstream_mapped_partitions_result_for_partitions(
+                    downstream.subset_with_partition_keys([key]), downstream, upstream
+                )
+            assert list(mapped.partitions_subset.get_partition_keys()) == [expected]
+
+
+def test_fresh_definitions_take_a_workshop_of_their_own(tmp_path: Path):
+    own = build_defs(Workshop(root=str(tmp_path)))
+    assert own is not defs
+    assert own.resources["workshop"].root == str(tmp_path)
+
+
+def test_the_weekly_schedule_asks_for_one_retraining():
+    schedule = defs.resolve_schedule_def("weekly_retraining")
+    tick = schedule.evaluate_tick(dg.build_schedule_context())
+    assert [request.run_key for request in tick.run_requests] == [None]
+    assert schedule.job_name == "retrain"
+
+
+@pytest.fixture
+def workshop(tiny_study: Path, tmp_path: Path) -> Workshop:
+    return Workshop(root=str(tmp_path / "store"), device="cpu")
+
+
+def test_bringing_a_study_up_to_date_makes_each_stage_once_and_then_runs_nothing(workshop: Workshop):
+    study = STUDIES.get("tiny")
+    with dg.DagsterInstance.ephemeral() as instance:
+        first = list(bring_up_to_date(study, workshop, instance))
+        runs = instance.get_runs()
+        assert {step.status.state for step in first} == {"missing"}
+        assert len(runs) == len(first) == len(VERSIONS)
+        assert {run.status for run in runs} == {dg.DagsterRunStatus.SUCCESS}
+        assert {step.status.state for step in bring_up_to_date(study, workshop, instance)} == {"made"}
+        assert len(instance.get_runs()) == len(runs)
+    assert {step.status.state for step in plan(study, workshop.store)} == {"made"}
+
+
+def test_one_changed_setting_remakes_what_follows_and_nothing_else(workshop: Workshop, tiny_study: Path):
+    study = STUDIES.get("tiny")
+    with dg.DagsterInstance.ephemeral() as instance:
+        list(bring_up_to_date(study, workshop, instance))
+        changed = study.model_copy(update={"features": study.features.model_copy(update={"top_examples": 3})})
+        states = {step.recipe.stage: step.status for step in plan(changed, workshop.store)}
+        assert {stage for stage, status in states.items() if status.state == "stale"} == {"features", "labels"}
+        assert states["features"].why == "top_examples: made with 12, now 3"
+        assert states["labels"].why == "features changes"
+
+
+def test_the_corpus_sensor_asks_once_for_each_change_of_a_built_corpus(
+    workshop: Workshop, text_folder: Path, tmp_path: Path
+):
+    sensor = defs.resolve_sensor_def("corpus_files")
+    with dg.DagsterInstance.ephemeral() as instance:
+
+        def tick():
+            context = dg.build_sensor_context(instance=instance, resources={"workshop": workshop})
+            return sensor.evaluate_tick(context)
+
+        assert not tick().run_requests  # nothing is built yet
+        list(bring_up_to_date(STUDIES.get("tiny"), workshop, instance))
+        assert not tick().run_requests
+        assert re.search("no built corpus has changed", tick().skip_message)
+        new = text_folder / "new.txt"
+        new.write_text("A new document of some length, about nothing much at all.\n" * 3, "utf-8")
+        try:
+            (first,), (second,) = tick().run_requests, tick().run_requests
+            assert first.run_key == second.run_key  # Dagster runs a key once
+            assert first.tags["mind_atlas/changed"] == "tiny"
+        finally:
+            new.unlink()
+        assert not tick().run_requests
+
+
+def test_the_retrain_job_follows_the_plan_of_built_studies(workshop: Workshop):
+    own = build_defs(workshop)
+    with dg.DagsterInstance.ephemeral() as instance:
+        assert own.resolve_job_def("retrain").execute_in_process(instance=instance).success
+        assert workshop.store.slugs("corpus") == []  # nothing was built, so nothing is kept fresh
+        config = {"ops": {"study_up_to_date": {"config": {"study": "tiny"}}}}
+        assert own.resolve_job_def("build_atlas").execute_in_process(instance=instance, run_config=config).success
+    assert {s.status.state for s in plan(STUDIES.get("tiny"), ArtifactStore(Path(workshop.root)))} == {"made"}
