@@ -194,16 +194,29 @@ def steer(
     study: str, dictionary: str, json_: bool,
 ) -> None:  # fmt: skip
     """The model's answer to PROMPT as it is, and with features clamped."""
+    import torch
+
     from pipelines.console import print_json
     from pipelines.summary import show_side_by_side
-    from sae_core.steering import Clamp, steered_answers
+    from sae_core.dictionary import Dictionary
+    from sae_core.steering import Clamp, clamp_edit
+    from sae_core.study import DictionarySpec
 
     wanted = [Clamp(*_clamp(text)) for text in clamps]
     atlas = _atlas(study, dictionary)
-    answers = steered_answers(
-        _model(atlas), atlas, prompt, wanted, max_tokens=max_tokens, temperature=temperature, seed=seed
-    )
-    print_json(answers) if json_ else show_side_by_side(answers, atlas, wanted)
+    site = DictionarySpec.parse(atlas.dictionary).site
+    max_acts = torch.tensor(atlas.features.table()["max_act"].to_numpy())
+    edit = clamp_edit(Dictionary.load(atlas.store.get("dictionary", atlas.dictionary).folder), wanted, max_acts)
+    lm = _model(atlas)
+
+    def answer() -> str:
+        return "".join(lm.generate([{"role": "user", "content": prompt}], max_tokens, temperature, seed))
+
+    answers: dict[str, Any] = {"prompt": prompt, "default": answer()}
+    with lm.edit(site.hook, site.layer, edit):
+        answers["steered"] = answer()
+    answers["clamps"] = [{**c._asdict(), "label": atlas.name(c.feature)} for c in wanted]
+    print_json(answers) if json_ else show_side_by_side(answers)
 
 
 @cli.command()

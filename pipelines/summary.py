@@ -59,10 +59,9 @@ def show(summary: dict[str, Any], json_: bool) -> None:
         for text in found["failed_checks"]:
             out.print(f"[bold red]check failed[/bold red]: {text}")
         examples = found["labels"]["examples"]
+        rows = [(e["feature"], e["label"], e["example"]) for e in examples]
         out.print()
-        out.print(
-            table(("feature", "label", "strongest example"), [(e["feature"], e["label"], e["example"]) for e in examples])
-        )
+        out.print(table(("feature", "label", "strongest example"), rows))
     out.print(f"\nEverything is in {summary['home']} (atlas.duckdb there answers SQL).", markup=False)
     out.print(NEXT, markup=False)
 
@@ -77,7 +76,8 @@ def show_feature(card: FeatureCard, limit: int) -> None:
     if row.is_dead:
         out.print("dead: it never fires on the corpus", markup=False)
     out.print(
-        f"fires on {row.density:.3%} of tokens ({row.n_fired:,}), at most {row.max_act:.3g}, {row.mean_act:.3g} on average"
+        f"fires on {row.density:.3%} of tokens ({row.n_fired:,}); "
+        f"at most {row.max_act:.3g}, {row.mean_act:.3g} on average"
     )
     out.print(f"fires on:   {_tokens(row.top_tokens)}", markup=False)
     out.print(f"promotes:   {_tokens(row.promoted)}", markup=False)
