@@ -9,7 +9,7 @@ from assets.resources import Workshop, launchpad
 from sae_core.stages import VERSIONS
 from sae_core.study import ActivationSettings
 
-ActivationsRun = launchpad(ActivationSettings)
+ActivationsRun = launchpad(ActivationSettings, "hook", "layer")
 
 
 @dg.asset(

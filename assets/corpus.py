@@ -11,7 +11,7 @@ from sae_core.artifacts import Made
 from sae_core.stages import VERSIONS
 from sae_core.study import CorpusSettings
 
-CorpusRun = launchpad(CorpusSettings)
+CorpusRun = launchpad(CorpusSettings, "name", "sources")
 
 
 @dg.asset(

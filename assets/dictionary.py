@@ -11,7 +11,7 @@ from assets.resources import Workshop, launchpad
 from sae_core.stages import VERSIONS
 from sae_core.study import DictionarySettings
 
-DictionaryRun = launchpad(DictionarySettings)
+DictionaryRun = launchpad(DictionarySettings, "architecture", "d_sae", "k", "variant")
 
 
 @dg.asset(
@@ -33,7 +33,7 @@ def dictionary(context: dg.AssetExecutionContext, config: DictionaryRun, worksho
     return workshop.make(
         context, "dictionary", config,
         lambda order, draft, report: build_dictionary(
-            order.settings("dictionary"), order.study.activations, order.study.model,
+            order.trained, order.study.activations, order.study.model,
             draft.parents["corpus"].folder, draft.parents["activations"].folder, draft.folder,
             workshop.torch_device(), report,
         ),

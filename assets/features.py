@@ -47,4 +47,7 @@ def features(context: dg.AssetExecutionContext, config: FeaturesRun, workshop: W
 
 
 def _density(made: Made) -> dict[str, Any]:
-    return {"density_histogram": sparkline(made.manifest.summary["density_histogram"], "features by log10 density")}
+    histogram = made.manifest.summary["density_histogram"]
+    edges = histogram["log10_edges"]
+    title = f"features by log10 density, {edges[0]:.1f} to {edges[-1]:.1f}"
+    return {"density_histogram": sparkline(histogram["features"], title)}

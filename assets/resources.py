@@ -16,7 +16,7 @@ from sae_core.errors import MindAtlasError
 from sae_core.progress import Report
 from sae_core.settings import Settings
 from sae_core.studies import Order
-from sae_core.study import Source
+from sae_core.study import explain
 
 LOG_SECONDS = 20.0
 """Seconds between two progress lines in Dagster's log, where a line costs a database row."""
@@ -25,17 +25,18 @@ watchers: list[Callable[[str], Report]] = []
 """Who else wants to see progress; the command line puts its progress bar here."""
 
 
-def launchpad(settings: type[Settings]) -> type[dg.Config]:
+def launchpad(settings: type[Settings], *named: str) -> type[dg.Config]:
     """The run config of a stage: every setting, typed and described; one left empty is what the study says.
 
-    A change made there gives an artifact that differs from its study, and `mind-atlas status` says how.
+    A change made there gives an artifact that differs from its study, and `mind-atlas status` says how. The settings
+    in `named` are left out: the partition's name says them.
     """
     fields: dict[str, Any] = {"again": (bool, Field(False, description="Make it again even when it is up to date."))}
     for name, field in settings.model_fields.items():
         annotation, choices = field.annotation, ""
         if get_origin(annotation) is Literal:  # Dagster has no optional choice, so say them in words
             choices, annotation = f" One of {', '.join(get_args(annotation))}.", str
-        if name != "name" and annotation != list[Source]:
+        if name not in named:
             text = f"{field.description or ''}{choices} Empty: what the study says."
             fields[name] = (annotation | None, Field(None, description=text))  # type: ignore[operator]
     return create_model(f"{settings.__name__.removesuffix('Settings')}Run", __base__=dg.Config, **fields)
@@ -82,6 +83,8 @@ class Workshop(dg.ConfigurableResource):
         Raises:
             dagster.Failure: with one line that a user can act on; it is not tried again.
         """
+        from sae_core.atlas import write_views  # brings DuckDB, which only a running step needs
+
         stage, slug = context.asset_key.path[-1], context.partition_key
         changes = {k: v for k, v in config.model_dump().items() if v is not None and k != "again"}
         report = _reporter(context, stage)
@@ -90,9 +93,11 @@ class Workshop(dg.ConfigurableResource):
             again = bool(config.model_dump()["again"])
             made = self.store.make(order.recipe(stage, slug), lambda draft: build(order, draft, report), again=again)
         except ValidationError as error:
-            raise dg.Failure(f"{section}: {error.errors()[0]['msg']}", allow_retries=False) from error
+            raise dg.Failure(f"{section}: {explain(error)}", allow_retries=False) from error
         except MindAtlasError as error:
             raise dg.Failure(str(error), allow_retries=False) from error
+        if not made.cached:
+            write_views(self.store)
         context.log.info(f"{stage} {slug}: {'cached' if made.cached else f'made in {made.manifest.seconds:.0f} s'}")
         return dg.MaterializeResult(
             metadata={**_metadata(made), **describe(made)},

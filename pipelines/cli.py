@@ -39,9 +39,11 @@ def main() -> None:
 
 def _message(error: BaseException | None) -> str:
     """The line meant for the user, from the error or from what caused it; empty when there is none."""
-    while error is not None:
+    seen = []
+    while error is not None and error not in seen:  # an exception may be its own cause, in a circle
         if isinstance(error, MindAtlasError):
             return str(error)
+        seen.append(error)
         error = error.__cause__ or error.__context__
     return ""
 

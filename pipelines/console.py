@@ -26,7 +26,7 @@ from sae_core.progress import Report
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 if not out.is_terminal:
-    out.width = 200  # a pipe or a file has no width; lines folded at 80 would be hard to search
+    out.width = err.width = 200  # a pipe or a file has no width; lines folded at 80 would be hard to search
 
 _HEAT = ("", "on #3d2a1a", "on #6b3f1d", "on #a4551f", "bold black on #e8823a")
 """Backgrounds by activation: from nothing to the feature's maximum, in one hue whose lightness rises evenly."""

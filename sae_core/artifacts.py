@@ -265,7 +265,7 @@ def require_space(folder: Path, needed: int) -> None:
     if free < needed:
         raise ArtifactError(
             f"{folder} needs {needed / 1e9:.2f} GB but its disk has {free / 1e9:.2f} GB free: "
-            "free some, set MIND_ATLAS_HOME elsewhere, or ask for fewer tokens"
+            "free some, set MIND_ATLAS_HOME (or MIND_ATLAS_CACHE) elsewhere, or ask for fewer tokens"
         )
 
 

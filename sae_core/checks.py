@@ -54,8 +54,7 @@ def _number(key: str) -> Callable[[dict[str, Any]], float]:
 
 
 def _l0(wanted: CheckSettings, order: Order) -> Bounds:
-    assert order.dictionary is not None, "only a dictionary's order is checked for its L0"
-    k = order.dictionary.k
+    k = order.trained.k
     return Bounds(k * (1 - wanted.l0_tolerance), k * (1 + wanted.l0_tolerance))
 
 

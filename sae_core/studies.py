@@ -16,11 +16,16 @@ class Order(NamedTuple):
     study: Study
     dictionary: DictionarySettings | None
 
+    @property
+    def trained(self) -> DictionarySettings:
+        """The dictionary's settings, for the stages that belong to one."""
+        assert self.dictionary is not None, "a corpus and a site belong to no one dictionary"
+        return self.dictionary
+
     def settings(self, section: str) -> Settings:
         """The study's settings of one section, named as in the study file."""
         if section == "dictionary":
-            assert self.dictionary is not None, "only the stages of a dictionary ask for it"
-            return self.dictionary
+            return self.trained
         return getattr(self.study, section)
 
     def override(self, section: str, changes: dict[str, object]) -> "Order":

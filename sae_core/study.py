@@ -10,7 +10,7 @@ import itertools
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, cast, get_args
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -226,7 +226,7 @@ class Site(NamedTuple):
     """A place in a model, read over a corpus."""
 
     model: str
-    hook: str
+    hook: Hook
     layer: int
     corpus: str
 
@@ -238,9 +238,9 @@ class Site(NamedTuple):
     def parse(cls, slug: str) -> "Site":
         """The site of a slug. Raises StudyError when it is none. Model names may hold dots; the other parts do not."""
         parts = slug.rsplit(".", 3)
-        if len(parts) != 4 or not all(parts) or not re.fullmatch(r"L\d{2,}", parts[2]):
+        if len(parts) != 4 or not all(parts) or parts[1] not in get_args(Hook) or not re.fullmatch(r"L\d+", parts[2]):
             raise StudyError(f"{slug!r} is no site: expected <model>.<hook>.L<layer>.<corpus>")
-        return cls(parts[0], parts[1], int(parts[2][1:]), parts[3])
+        return cls(parts[0], cast(Hook, parts[1]), int(parts[2][1:]), parts[3])
 
 
 class DictionarySpec(NamedTuple):
@@ -318,7 +318,7 @@ class Study(Settings):
             table["dictionaries"] = _sweep(table.pop("dictionary", {}))
             study = cls.model_validate(table)
         except ValidationError as error:
-            raise StudyError(f"{file}: {_explain(error)}") from None
+            raise StudyError(f"{file}: {explain(error)}") from None
         except ValueError as error:
             raise StudyError(f"{file}: {error}") from None
         slugs = [study.spec(d).slug for d in study.dictionaries]
@@ -364,7 +364,7 @@ def _sweep(dictionary: Any) -> list[dict[str, Any]]:
     return [dict(combination) for combination in itertools.product(*axes)]
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
     """The first problem of a validation, as one line with the key, the value and the cure."""
     problem = error.errors()[0]
     key = ".".join(str(part) for part in problem["loc"] if not isinstance(part, int))
@@ -379,7 +379,7 @@ def _explain(error: ValidationError) -> str:
 
 def _known_keys(location: tuple[int | str, ...]) -> set[str]:
     """The keys that the table holds in which the last part of `location` is unknown."""
-    model: type[Settings] = Study
+    model: Any = Study
     for part in (p for p in location[:-1] if isinstance(p, str)):
         annotation = model.model_fields[part].annotation
         model = getattr(annotation, "__args__", (annotation,))[0] or annotation

@@ -36,7 +36,7 @@ def materialize(stage: str, root: Path, **config: Any) -> dg.ExecuteInProcessRes
 def told(result: dg.ExecuteInProcessResult, stage: str) -> dict[str, Any]:
     assert result.success, result.get_step_failure_events()
     event = result.asset_materializations_for_node(stage)[0]
-    return {key: value.value for key, value in event.metadata.items()}
+    return {key: getattr(value, "value", value) for key, value in event.metadata.items()}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,8 @@ def test_curves_and_tables_are_there_to_look_at(root: Path):
     assert told(materialize("dictionary", root), "dictionary")["fvu_curve"].startswith("![fvu](data:image/svg+xml")
     assert len(told(materialize("dictionary", root), "dictionary")["fvu_curve"]) < 1000
     assert "data:image/png" in told(materialize("feature_map", root), "feature_map")["map"]
-    assert told(materialize("corpus", root), "corpus")["sources"][0].data["documents"] > 0
+    (source,) = told(materialize("corpus", root), "corpus")["sources"].records
+    assert source.data["documents"] > 0
 
 
 def test_a_setting_changed_in_the_launchpad_remakes_that_stage_alone(root: Path):
@@ -94,10 +95,10 @@ def test_again_makes_what_is_there_and_gets_the_same_bytes(root: Path):
 @pytest.mark.parametrize(
     ("stage", "config", "message"),
     [
-        ("dictionary", {"k": 65}, "k = 65 is more than d_sae = 64"),
+        ("dictionary", {"lr_warmup": 0.9, "lr_decay": 0.9}, "must not overlap"),
         ("neighbors", {"count": 0}, "greater than or equal to 1"),
-        ("activations", {"layer": 4}, "layer"),
-        ("activations", {"hook": "nowhere"}, "resid_post"),
+        ("activations", {"sink_norm": 0.5}, "sink_norm = 0.5: Input should be greater than 1"),
+        ("activations", {"precision": "float8"}, "bfloat16"),
     ],
 )
 def test_a_bad_launchpad_value_fails_in_words_and_loses_nothing(root: Path, stage: str, config: dict, message: str):
@@ -118,6 +119,7 @@ def test_a_stage_whose_parent_is_missing_says_which(tiny_study: Path, tmp_path: 
 def test_run_config_is_typed_and_described(tiny_study: Path):
     job = dg.Definitions(assets=ASSETS, resources={"workshop": Workshop()}).resolve_implicit_global_asset_job_def()
     schema = job.get_node_named("dictionary").definition.config_schema.config_type.fields
-    assert {"again", "d_sae", "k", "lr", "tokens", "seed"} <= schema.keys()
+    assert {"again", "lr", "tokens", "seed"} <= schema.keys()
+    assert not {"d_sae", "k", "architecture"} & schema.keys()  # the partition's name says them
     assert all(field.description for field in schema.values())
-    assert "Number of features" in schema["d_sae"].description
+    assert "Peak learning rate" in schema["lr"].description

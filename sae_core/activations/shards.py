@@ -1,0 +1,205 @@
+"""The shard files, and their reader: in order, in shuffled batches, or one by one."""
+
+import itertools
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, Float64, Int, Int32, Int64
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sae_core.errors import MindAtlasError
+
+Split = Literal["train", "held_out"]
+
+SHUFFLE_BYTES = 512 << 20
+"""Activations that `Activations.batches` holds in memory and mixes: as many shards as fit, and at least two."""
+STATISTICS = "statistics.safetensors"
+_CHUNK = 8192
+"""Rows turned into float64 at a time."""
+
+
+class ActivationError(MindAtlasError):
+    """Activations that cannot be made, or cannot be read."""
+
+
+class Shard(NamedTuple):
+    """Activations in shuffled order, and for each the place and the token that it belongs to."""
+
+    acts: Float[Tensor, "tokens d_model"]
+    block: Int32[Tensor, " tokens"]
+    offset: Int32[Tensor, " tokens"]
+    token: Int32[Tensor, " tokens"]
+    is_sink: Bool[Tensor, " tokens"]
+
+    @classmethod
+    def read(cls, path: Path) -> "Shard":
+        """The shard in a file, memory-mapped. Raises ActivationError when it is missing or damaged."""
+        return cls(**_tensors(path, cls._fields))
+
+
+class Totals(NamedTuple):
+    """Sums over a shard's rows, sinks left out; stored with the rows, so that nobody needs to read them again."""
+
+    kept_sum: Float64[Tensor, " d_model"]
+    kept_square_norm: Float64[Tensor, " 1"]
+    n_kept: Int64[Tensor, " 1"]
+    median_norm: Float32[Tensor, " 1"]
+    """Median norm in the first train shard: what sinks are measured by in every shard."""
+
+    @classmethod
+    def of(cls, shard: Shard, norms: Float32[Tensor, " tokens"], median: Float32[Tensor, " 1"]) -> "Totals":
+        """The totals of a shard whose rows have the given norms."""
+        kept = ~shard.is_sink
+        chunks = zip(shard.acts.split(_CHUNK), kept.split(_CHUNK), strict=True)
+        kept_sum = torch.stack([acts[keep].double().sum(0) for acts, keep in chunks]).sum(0)
+        return cls(kept_sum, norms[kept].double().square().sum()[None], kept.sum()[None], median)
+
+    @classmethod
+    def read(cls, path: Path) -> "Totals":
+        """The totals in a shard's file. Raises ActivationError when it is missing or damaged."""
+        return cls(**_tensors(path, cls._fields))
+
+
+class Statistics(NamedTuple):
+    """Of the train split's activations, sinks left out."""
+
+    mean: Float32[Tensor, " d_model"]
+    mean_square_norm: Float32[Tensor, " 1"]
+
+
+class Activations:
+    """One split of the stored activations. Files are memory-mapped, and only while they are read.
+
+    Attributes:
+        n_tokens: rows, sinks included.
+        n_kept: rows, sinks left out.
+        d_model: width of an activation.
+    """
+
+    def __init__(self, folder: Path, paths: list[Path]) -> None:
+        self._folder, self._paths = folder, paths
+        totals = [Totals.read(path) for path in paths]
+        self._kept = [int(t.n_kept) for t in totals]
+        self._sizes = [len(Shard.read(path).acts) for path in paths]
+        self.n_tokens, self.n_kept, self.d_model = sum(self._sizes), sum(self._kept), len(totals[0].kept_sum)
+
+    @classmethod
+    def open(cls, folder: Path, split: Split = "train") -> "Activations":
+        """The split's shards. Raises ActivationError when there are none, one is missing, or one is damaged."""
+        paths = sorted(folder.glob(f"{split}-*.safetensors"))
+        if not paths:
+            raise ActivationError(f"{folder} holds no {split} activations: run the activations stage")
+        for number, path in enumerate(paths):
+            if path.name != shard_name(split, number):
+                raise ActivationError(f"{folder} lacks {shard_name(split, number)}: run the activations stage again")
+        return cls(folder, paths)
+
+    def statistics(self) -> Statistics:
+        """Mean and mean square norm of the train split, sinks left out."""
+        return Statistics(**_tensors(self._folder / STATISTICS, Statistics._fields))
+
+    def shards(self) -> Iterator[Shard]:
+        """The shards in order, memory-mapped, sinks included."""
+        return map(Shard.read, self._paths)
+
+    def rows(self, block: Int[Tensor, " tokens"], offset: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens d_model"]:
+        """The activations at the given places. Raises ActivationError when one of them is not stored."""
+        row = self._find(block.long(), offset.long())
+        ends = torch.tensor(self._sizes).cumsum(0)
+        shard_of = torch.searchsorted(ends, row, right=True)
+        acts = Shard.read(self._paths[0]).acts.new_empty(len(row), self.d_model)
+        for number in shard_of.unique().tolist():
+            here = shard_of == number
+            start = int(ends[number]) - self._sizes[number]
+            acts[here] = Shard.read(self._paths[number]).acts[row[here] - start]
+        return acts
+
+    def batches(
+        self, batch_tokens: int, n_steps: int, seed: int, start_step: int = 0
+    ) -> Iterator[Float[Tensor, "batch d_model"]]:
+        """Batches for the steps from `start_step` to before `n_steps`, sinks left out, in the stored type.
+
+        They are cut from an endless row of epochs, each in a new order: the shards are permuted, and the rows of as
+        many shards as `SHUFFLE_BYTES` holds are shuffled together. The order depends on the seed alone, and to start
+        late costs no more than to start.
+        """
+        if not self.n_kept:
+            raise ActivationError(f"{self._folder} holds attention sinks only: give more text")
+        endless = self._endless(batch_tokens, seed, start_step * batch_tokens)
+        yield from itertools.islice(endless, max(0, n_steps - start_step))
+
+    def _endless(self, batch_tokens: int, seed: int, skip: int) -> Iterator[Float[Tensor, "batch d_model"]]:
+        pieces: list[Tensor] = []
+        lacking = batch_tokens
+        for group, order in self._groups(seed, skip):
+            while len(order):
+                picked, order = order[:lacking], order[lacking:]
+                pieces.append(group[picked])
+                lacking -= len(picked)
+                if not lacking:
+                    yield torch.cat(pieces)
+                    pieces, lacking = [], batch_tokens
+
+    def _groups(self, seed: int, skip: int) -> Iterator[tuple[Float[Tensor, "rows d_model"], Int64[Tensor, " picked"]]]:
+        """Kept rows of a few shards, and the order to take them in, without the first `skip`; one buffer for all."""
+        size = max(2, SHUFFLE_BYTES // max(path.stat().st_size for path in self._paths))
+        buffer = Shard.read(self._paths[0]).acts.new_empty(min(size * max(self._kept), self.n_kept), self.d_model)
+        first, skip = divmod(skip, self.n_kept)
+        for epoch in itertools.count(first):
+            for number, group in enumerate(permutation(len(self._paths), seed, epoch, 0).split(size)):
+                n = sum(self._kept[shard] for shard in group)
+                if skip < n:
+                    yield self._load(group.tolist(), buffer[:n]), permutation(n, seed, epoch, 1 + number)[skip:]
+                skip = max(0, skip - n)
+
+    def _load(self, group: list[int], out: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_model"]:
+        """Copy the kept rows of the shards into `out`."""
+        for shard, rows in zip(group, out.split([self._kept[shard] for shard in group]), strict=True):
+            acts, *_, is_sink = Shard.read(self._paths[shard])
+            torch.index_select(acts, 0, (~is_sink).nonzero().squeeze(1), out=rows)
+        return out
+
+    def _find(self, block: Int64[Tensor, " tokens"], offset: Int64[Tensor, " tokens"]) -> Int64[Tensor, " tokens"]:
+        """Row of each place, counted over all shards."""
+        stored = self._row_at
+        known = (block >= 0) & (block < stored.shape[0]) & (offset >= 0) & (offset < stored.shape[1])
+        row = torch.where(known, stored[block * known, offset * known], -1)
+        if len(lacking := (row < 0).nonzero()):
+            at = int(lacking[0])
+            raise ActivationError(f"no activation is stored for block {int(block[at])}, offset {int(offset[at])}")
+        return row
+
+    @cached_property
+    def _row_at(self) -> Int64[Tensor, "blocks length"]:
+        """Row, counted over all shards, of each block and offset; -1 where none is stored. 8 bytes a token."""
+        block = torch.cat([shard.block for shard in self.shards()]).long()
+        offset = torch.cat([shard.offset for shard in self.shards()]).long()
+        table = torch.full((int(block.max()) + 1, int(offset.max()) + 1), -1)
+        table[block, offset] = torch.arange(len(block))
+        return table
+
+
+def shard_name(split: Split, number: int) -> str:
+    """File name of a shard."""
+    return f"{split}-{number:05d}.safetensors"
+
+
+def permutation(n: int, *key: int) -> Int64[Tensor, " n"]:
+    """Random order of n things, the same for the same key."""
+    return torch.from_numpy(np.random.default_rng([part % 2**64 for part in key]).permutation(n))
+
+
+def _tensors(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
+    """Tensors of a safetensors file, memory-mapped."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError) as error:
+        raise ActivationError(
+            f"{path} cannot be read ({error}): delete it, and run the activations stage again"
+        ) from None

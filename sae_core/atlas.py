@@ -1,0 +1,296 @@
+"""The finished atlas, read: search by words, one feature with everything about it, which features fire on a text.
+
+Every answer is a query on the Parquet files that the stages made; `write_views` gives a person the same tables in
+one DuckDB file. Light until `Atlas.explain`, which needs the language model and therefore torch.
+"""
+
+import re
+import threading
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+
+from sae_core.artifacts import ArtifactStore, write_atomically
+from sae_core.errors import MindAtlasError
+from sae_core.features import Example, FeatureRow, Features
+from sae_core.study import DictionarySpec
+
+if TYPE_CHECKING:
+    from sae_core.language_model import LanguageModel
+
+_TABLES = {
+    "features": ("features", "features.parquet"),
+    "examples": ("features", "examples.parquet"),
+    "labels": ("labels", "labels.parquet"),
+    "neighbors": ("neighbors", "neighbors.parquet"),
+    "map": ("feature_map", "map.parquet"),
+    "training": ("dictionary", "metrics.parquet"),
+    "documents": ("corpus", "documents.parquet"),
+}
+"""Stage and file of each table; an artifact's slug is the column `dictionary`, for `documents` the column `corpus`."""
+
+_FIELDS = {
+    "label": (8.0, "SELECT feature, label FROM labels"),
+    "description": (4.0, "SELECT feature, description FROM labels"),
+    "lexical label": (3.0, "SELECT feature, lexical FROM labels"),
+    "promoted token": (2.0, "SELECT feature, unnest(promoted) FROM features"),
+    "top token": (2.0, "SELECT feature, unnest(top_tokens) FROM features"),
+    "example": (1.0, "SELECT feature, array_to_string(tokens, '') FROM examples"),
+}
+"""What is searched, and how much a word there counts: what a person or a model said of the feature comes first."""
+
+_SATURATION = 1.2  # k1 of BM25 (Robertson and Zaragoza 2009): the tenth example with a word adds less than the first
+_MAX_TERMS = 16
+_SNIPPET = 40  # characters shown on each side of a match
+_UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+
+
+class SearchError(MindAtlasError):
+    """A search that cannot be made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A feature that a search found."""
+
+    feature: int
+    label: str
+    score: float
+    """Higher is better; comparable within one search only."""
+    why: str
+    """Where it was found, with the text around."""
+    density: float
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbor:
+    """A feature whose decoder row points a similar way."""
+
+    feature: int
+    label: str
+    cosine: float
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a feature lies on the map; cluster -1 is none."""
+
+    x: float
+    y: float
+    cluster: int
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureCard:
+    """One feature with everything about it. What a stage that is not made yet would tell is None or empty."""
+
+    row: FeatureRow
+    name: str
+    """The label; the lexical one where no label was written."""
+    label: dict[str, Any] | None
+    """Its row of `labels.parquet`."""
+    examples: list[Example]
+    neighbors: list[Neighbor]
+    place: Place | None
+
+
+@dataclass(frozen=True, slots=True)
+class Fired:
+    """A feature that fires on a token."""
+
+    feature: int
+    value: float
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedToken:
+    """A token of a text, and the features that fire on it most strongly."""
+
+    token: str
+    features: list[Fired]
+
+
+class Atlas:
+    """What is known of one dictionary's features. Safe to use from several threads."""
+
+    def __init__(self, store: ArtifactStore, dictionary: str) -> None:
+        self.store, self.dictionary = store, dictionary
+        self.features = Features.open(store.get("features", dictionary).folder)
+        self._lock = threading.Lock()
+        self._database = duckdb.connect(config={"autoinstall_known_extensions": "false"})
+        self._tables = set(_create_views(self._database, store, [dictionary]))
+
+    @classmethod
+    def open(cls, store: ArtifactStore, dictionary: str) -> "Atlas":
+        """The atlas of a dictionary, by slug. Raises ArtifactError when its features are not made yet."""
+        return cls(store, dictionary)
+
+    def name(self, feature: int) -> str:
+        """The feature's label, or its lexical label where none was written; empty before labels are made."""
+        return self._names.get(feature, "")
+
+    def search(self, query: str, limit: int = 20) -> list[Hit]:
+        """Features by words: in labels, in the tokens they promote or fire on, and in their examples' text.
+
+        A word matches at the start of words, in any case; several words also match as a phrase. Each term counts by
+        its rarity over the features (as in BM25) and by the fields it is found in; the sum is scaled by the share of
+        the terms that were found.
+
+        Raises:
+            SearchError: the query holds no word.
+        """
+        terms = _terms(query)
+        if not terms:
+            raise SearchError(f"{query!r} holds no word to search for: give one or more words")
+        self._ensure_texts()
+        one_term = (
+            "SELECT feature, field, weight, ? AS term, count(*) AS n, min(text) AS text FROM texts "
+            "WHERE regexp_matches(text, ?) GROUP BY feature, field, weight"
+        )
+        found = f"""
+            WITH found AS ({" UNION ALL ".join([one_term] * len(terms))}),
+            rarity AS (
+                SELECT term, ln(1 + ((SELECT count(*) FROM features) - count(DISTINCT feature) + 0.5)
+                                     / (count(DISTINCT feature) + 0.5)) AS idf
+                FROM found GROUP BY term),
+            scored AS (SELECT *, weight * idf * n / (n + {_SATURATION}) AS score FROM found JOIN rarity USING (term)),
+            best AS (
+                SELECT feature, sum(score) * count(DISTINCT term) / {len(terms)} AS total,
+                    arg_max({{field: field, term: term, text: text}}, (score, field, term)) AS why
+                FROM scored GROUP BY feature)
+            SELECT feature, total, why, density FROM best JOIN features USING (feature)
+            ORDER BY total DESC, feature LIMIT ?"""
+        rows = self._query(found, [*(part for term in terms for part in (term, _pattern(term))), limit])
+        return [Hit(i, self.name(i), score, _why(**why), density) for i, score, why, density in rows]
+
+    def feature(self, feature: int, neighbors: int = 10) -> FeatureCard:
+        """Everything about one feature. Raises FeatureError when there is no such feature."""
+        row = self.features.feature(feature)
+        labels = self._about(feature, "labels", "*")
+        nearest = self._about(feature, "neighbors", "neighbor, cosine", f"ORDER BY rank LIMIT {int(neighbors)}")
+        place = self._about(feature, "map", "x, y, cluster")
+        return FeatureCard(
+            row=row,
+            name=self.name(feature),
+            label=labels[0] if labels else None,
+            examples=self.features.examples(feature),
+            neighbors=[Neighbor(n["neighbor"], self.name(n["neighbor"]), n["cosine"]) for n in nearest],
+            place=Place(**place[0]) if place else None,
+        )
+
+    def explain(self, lm: "LanguageModel", text: str, per_token: int = 5) -> list[ExplainedToken]:
+        """For each token of `text`, the (at most) `per_token` features that fire most strongly on it.
+
+        Attention sinks (see `ActivationSettings.sink_norm`) get no features: dictionaries are not trained on them.
+        """
+        from sae_core.features.on_text import features_on_text  # torch, which nothing else here needs
+
+        return [
+            ExplainedToken(token, [Fired(i, value, self.name(i)) for i, value in fired])
+            for token, fired in features_on_text(self.store, self.dictionary, lm, text, per_token)
+        ]
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        if "labels" not in self._tables:
+            return {}
+        return dict(self._query("SELECT feature, coalesce(nullif(label, ''), lexical, '') FROM labels"))
+
+    def _ensure_texts(self) -> None:
+        """Gather, once, everything that is searched in one table in memory."""
+        with self._lock:
+            if "texts" in self._tables:
+                return
+            parts = [
+                f"SELECT feature, '{field}' AS field, {weight} AS weight, text FROM ({select}) AS found(feature, text)"
+                for field, (weight, select) in _FIELDS.items()
+                if select.rsplit(" ", 1)[1] in self._tables
+            ]
+            self._query(f"CREATE TABLE texts AS SELECT * FROM ({' UNION ALL '.join(parts)}) WHERE text <> ''")
+            self._tables.add("texts")
+
+    def _about(self, feature: int, table: str, columns: str, rest: str = "") -> list[dict[str, Any]]:
+        """The feature's rows of a table; none when the table's stage is not made yet."""
+        if table not in self._tables:
+            return []
+        columns = columns.replace("*", "* EXCLUDE (dictionary)")
+        cursor = self._database.cursor().execute(f"SELECT {columns} FROM {table} WHERE feature = ? {rest}", [feature])
+        names = [column[0] for column in cursor.description]
+        return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+    def _query(self, sql: str, parameters: list[Any] | None = None) -> list[tuple[Any, ...]]:
+        return self._database.cursor().execute(sql, parameters or []).fetchall()
+
+
+def write_views(store: ArtifactStore) -> Path:
+    """Write `<root>/atlas.duckdb`: a view over each table of all finished artifacts, for anyone who writes SQL.
+
+    `SELECT feature, label FROM labels WHERE dictionary = '...'`; `dictionaries` lists what there is. The file holds
+    no data, only the paths of what is finished now: write it again when something new is.
+    """
+    target = store.root / "atlas.duckdb"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with write_atomically(target) as path:
+        path.unlink(missing_ok=True)  # left by a killed run
+        with duckdb.connect(str(path)) as database:
+            _create_views(database, store, store.slugs("dictionary"))
+            database.execute(
+                "CREATE TABLE dictionaries(dictionary VARCHAR, model VARCHAR, hook VARCHAR, layer INTEGER, "
+                "corpus VARCHAR, architecture VARCHAR, d_sae INTEGER, k INTEGER)"
+            )
+            for slug in store.slugs("dictionary"):
+                spec = DictionarySpec.parse(slug)
+                row = [slug, *spec.site, spec.architecture, spec.d_sae, spec.k]
+                database.execute("INSERT INTO dictionaries VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+    return target
+
+
+def _create_views(database: duckdb.DuckDBPyConnection, store: ArtifactStore, slugs: Iterable[str]) -> list[str]:
+    """Create a view for each table that some finished artifact of the given dictionaries has; returns their names."""
+    specs = [DictionarySpec.parse(slug) for slug in slugs]
+    made = []
+    for table, (stage, file) in _TABLES.items():
+        column = "corpus" if stage == "corpus" else "dictionary"
+        names = sorted({spec.site.corpus if stage == "corpus" else spec.slug for spec in specs})
+        folders = {name: store.get(stage, name).folder for name in names if store.manifest(stage, name)}
+        selects = [
+            f"SELECT {_quoted(name)} AS {column}, * FROM read_parquet({_quoted(str(folder / file))})"
+            for name, folder in folders.items()
+            if (folder / file).is_file()
+        ]
+        if selects:
+            database.execute(f"CREATE VIEW {table} AS {' UNION ALL BY NAME '.join(selects)}")
+            made.append(table)
+    return made
+
+
+def _quoted(text: str) -> str:
+    """`text` as a string of SQL, for views, which take no parameters."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _terms(query: str) -> list[str]:
+    """The words of a query, and the whole of it when it has several; what no stored text can hold is dropped."""
+    clean = query.replace("\0", " ").encode("utf-8", "ignore").decode()
+    words = unicodedata.normalize("NFC", clean).casefold().split()[:_MAX_TERMS]
+    return list(dict.fromkeys(words if len(words) < 2 else [*words, " ".join(words)]))
+
+
+def _pattern(term: str) -> str:
+    """RE2 pattern of a term: any case, at the start of a word where its script puts spaces between words."""
+    starts_word = term[0].isalnum() and not unicodedata.name(term[0], "").startswith(_UNSPACED)
+    return "(?i)" + (r"(?:^|[^\p{L}\p{N}])" if starts_word else "") + r"\s+".join(map(re.escape, term.split()))
+
+
+def _why(field: str, term: str, text: str) -> str:
+    """The field, and the text around the term's first occurrence, on one line."""
+    at = max(text.casefold().find(term), 0)
+    start, stop = max(at - _SNIPPET, 0), at + len(term) + _SNIPPET
+    snippet = " ".join(text[start:stop].split())
+    return f"{field}: {'...' if start else ''}{snippet}{'...' if stop < len(text) else ''}"

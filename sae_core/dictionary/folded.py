@@ -1,0 +1,193 @@
+"""A finished dictionary: raw activations in, raw reconstruction out, unit decoder rows, one threshold a feature.
+
+Whatever trained it, and however inputs were scaled meanwhile, is folded into the weights, so that all of them are
+read, compared and steered with alike, and a feature's activation is the length of what it adds to the activation.
+"""
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from jaxtyping import Float, Float32
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sae_core.artifacts import write_atomically
+from sae_core.dictionary.sparse import Pairs, SparseActs, decode, dots, low_precision, propose
+from sae_core.errors import MindAtlasError
+from sae_core.study import Architecture
+
+WEIGHTS = "dictionary.safetensors"
+CONFIG = "config.json"
+UNIT_TOLERANCE = 1e-4
+"""How far a decoder row's norm may be from 1."""
+MARGIN = 1 / 16
+"""How far below its threshold a feature is still proposed, as a share of |W_enc_i| times the inputs' root mean square.
+
+The bfloat16 product errs by about 1/350 of that; proposals are then computed again in float32.
+"""
+
+
+class DictionaryError(MindAtlasError):
+    """A dictionary's files are missing, damaged, or not what they say."""
+
+
+class Dictionary:
+    """Features of activations x:
+
+        z = x @ W_enc + b_enc
+        feature_acts = z * (z > threshold)
+        x_hat = feature_acts @ W_dec + b_dec
+
+    Attributes (float32):
+        W_enc: [d_model, d_sae].
+        b_enc: [d_sae].
+        W_dec: [d_sae, d_model], unit rows.
+        b_dec: [d_model].
+        threshold: [d_sae], in the units of the activations, never negative.
+        config: `architecture`, `d_model`, `d_sae`, and what the architecture was trained with (`k`).
+    """
+
+    def __init__(
+        self,
+        W_enc: Float32[Tensor, "d_model d_sae"],
+        b_enc: Float32[Tensor, " d_sae"],
+        W_dec: Float32[Tensor, "d_sae d_model"],
+        b_dec: Float32[Tensor, " d_model"],
+        threshold: Float32[Tensor, " d_sae"],
+        config: dict[str, Any],
+    ) -> None:
+        self._directions = W_enc.T.contiguous()  # features as rows: what the kernels read
+        self.b_enc, self.W_dec, self.b_dec, self.threshold = b_enc, W_dec, b_dec, threshold
+        self.config = config | {"d_model": self.d_model, "d_sae": self.d_sae}
+
+    @property
+    def W_enc(self) -> Float32[Tensor, "d_model d_sae"]:
+        """Encoder directions as columns."""
+        return self._directions.T
+
+    @property
+    def d_model(self) -> int:
+        """Width of an activation."""
+        return self.W_dec.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+        return self.W_dec.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and inputs must be."""
+        return self.W_dec.device
+
+    def pre_acts(self, x: Float[Tensor, "batch d_model"]) -> Float32[Tensor, "batch d_sae"]:
+        """z, before the threshold: dense, so for small batches."""
+        return x.float() @ self.W_enc + self.b_enc
+
+    def encode(self, x: Float[Tensor, "batch d_model"]) -> Float32[Tensor, "batch d_sae"]:
+        """Feature activations as a dense array: for small batches."""
+        z = self.pre_acts(x)
+        return z * (z > self.threshold)
+
+    def encode_sparse(self, x: Float[Tensor, "batch d_model"]) -> SparseActs:
+        """Feature activations that are not zero, in row order; memory is bounded by `sparse.BLOCK_BYTES` and by L0.
+
+        The values are float32; the bfloat16 product only proposes where to look.
+        """
+        pairs, value = self.candidates(x, self.threshold)
+        fires = (value > self.threshold[pairs.feature]).nonzero().squeeze(1)
+        order = fires[pairs.row[fires].argsort(stable=True)]
+        row, feature = pairs.at(order)
+        return SparseActs(row.long(), feature.long(), value[order], len(x))
+
+    def candidates(
+        self, x: Float[Tensor, "batch d_model"], limit: Float32[Tensor, " d_sae"]
+    ) -> tuple[Pairs, Float32[Tensor, " nnz"]]:
+        """Pairs, in feature order, whose z may exceed `limit`, and their z: all that do, and some a little below."""
+        x = x.float()
+        slack = MARGIN * x.square().mean().sqrt() * self._norms
+        pairs = propose(low_precision(x), self._low, low_precision(self.b_enc - limit + slack))
+        return pairs, dots(self._directions, pairs.feature, x, pairs.row) + self.b_enc[pairs.feature]
+
+    def decode(self, acts: SparseActs | Float[Tensor, "batch d_sae"]) -> Float32[Tensor, "batch d_model"]:
+        """The reconstruction x_hat of sparse or dense feature activations."""
+        if isinstance(acts, Tensor):
+            return acts.float() @ self.W_dec + self.b_dec
+        order = acts.feature.argsort(stable=True)
+        pairs = Pairs(acts.row[order].int(), acts.feature[order].int())
+        return decode(pairs, acts.value[order], self.W_dec, acts.n_rows) + self.b_dec
+
+    def to(self, device: torch.device | str) -> "Dictionary":
+        """The same dictionary on another device."""
+        tensors = {name: tensor.to(device) for name, tensor in self._tensors().items()}
+        return Dictionary(**tensors, config=self.config)
+
+    def save(self, folder: Path) -> None:
+        """Write `dictionary.safetensors` and `config.json`. Raises ArtifactError when the disk does not take them."""
+        with write_atomically(folder / WEIGHTS) as path:
+            save_file({name: tensor.contiguous().cpu() for name, tensor in self._tensors().items()}, path)
+        with write_atomically(folder / CONFIG) as path:
+            path.write_text(json.dumps(self.config, indent=1, sort_keys=True) + "\n", "utf-8")
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device | str = "cpu") -> "Dictionary":
+        """The dictionary saved in a folder.
+
+        Raises:
+            DictionaryError: a file is missing or damaged, or weights and config do not belong together.
+        """
+        try:
+            config = json.loads((folder / CONFIG).read_text("utf-8"))
+            tensors = load_file(folder / WEIGHTS, device=str(device))
+        except (OSError, ValueError, SafetensorError) as error:
+            raise DictionaryError(f"no dictionary can be read from {folder} ({error}): train it again") from None
+        _verify(folder, config, tensors)
+        return cls(**tensors, config=config)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {
+            "W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec,
+            "threshold": self.threshold,
+        }  # fmt: skip
+
+    @cached_property
+    def _low(self) -> Float[Tensor, "d_sae d_model"]:
+        return low_precision(self._directions)
+
+    @cached_property
+    def _norms(self) -> Float32[Tensor, " d_sae"]:
+        return torch.linalg.vector_norm(self._directions, dim=1)
+
+
+def _verify(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Raise DictionaryError unless config and tensors make one folded dictionary."""
+
+    def refuse(why: str) -> DictionaryError:
+        return DictionaryError(f"the dictionary in {folder} is refused: {why}")
+
+    missing = {"architecture", "d_model", "d_sae"} - config.keys()
+    if missing:
+        raise refuse(f"{CONFIG} lacks {', '.join(sorted(missing))}")
+    if config["architecture"] not in get_args(Architecture):
+        raise refuse(f"architecture {config['architecture']!r} is none of {', '.join(get_args(Architecture))}")
+    d_model, d_sae = config["d_model"], config["d_sae"]
+    shapes = {
+        "W_enc": (d_model, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_model), "b_dec": (d_model,),
+        "threshold": (d_sae,),
+    }  # fmt: skip
+    if tensors.keys() != shapes.keys():
+        raise refuse(f"{WEIGHTS} holds {', '.join(sorted(tensors))}, expected {', '.join(sorted(shapes))}")
+    for name, shape in shapes.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
+            raise refuse(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, {CONFIG} wants torch.float32 {shape}")
+        if not tensor.isfinite().all():
+            raise refuse(f"{name} holds NaN or an infinity")
+    if (torch.linalg.vector_norm(tensors["W_dec"], dim=1) - 1).abs().max() > UNIT_TOLERANCE:
+        raise refuse("W_dec has rows that are not of unit norm")
+    if tensors["threshold"].min() < 0:
+        raise refuse("threshold is negative somewhere")

@@ -1,0 +1,196 @@
+"""One dictionary in training: exactly repeatable, resumable at any step, a stream of metrics.
+
+The order of the data is a function of seed and step, all randomness is spent on the initial weights, and a checkpoint
+holds everything else that a step depends on: a run that was killed and resumed gives the same bits as one that was not.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Float32
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sae_core.artifacts import write_atomically
+from sae_core.dictionary.batch_top_k import BatchTopK
+from sae_core.dictionary.folded import Dictionary
+from sae_core.dictionary.weights import Learner, Weights
+from sae_core.errors import MindAtlasError
+from sae_core.study import DictionarySettings
+
+DIVERGED = 10.0
+"""A batch's fraction of variance unexplained above which training has failed; the mean alone scores 1."""
+
+
+class TrainingError(MindAtlasError):
+    """Training cannot start, go on, or be resumed."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where activations come from: `sae_core.activations.Activations`, or anything like it."""
+
+    n_kept: int
+    d_model: int
+
+    def statistics(self) -> tuple[Float32[Tensor, " d_model"], Float32[Tensor, " 1"]]:
+        """Mean, and mean squared norm, of the training activations."""
+
+    def batches(
+        self, batch_tokens: int, n_steps: int, seed: int, start_step: int = 0
+    ) -> Iterator[Float[Tensor, "batch d_model"]]:
+        """Shuffled batches from a step on."""
+
+
+class StepMetrics(NamedTuple):
+    """One step of training; the columns of `metrics.parquet`."""
+
+    step: int
+    """Counted from 1."""
+    tokens: int
+    """Activations seen so far."""
+    fvu: float
+    """Fraction of this batch's variance unexplained, before the step."""
+    l0: float
+    aux: float
+    """Auxiliary loss, before its coefficient."""
+    dead: float
+    """Share of features without a firing in the last `dead_after_tokens` activations."""
+    lr: float
+    grad_norm: float
+    """Of all gradients together, before clipping."""
+    threshold: float
+    """Running smallest selected activation, in the units of the activations."""
+
+
+class Training:
+    """One dictionary in training.
+
+    Inputs are multiplied by one number so that E|x|^2 = d_model (Templeton et al. 2024), which makes learning rates
+    comparable between sites; `dictionary` folds it away.
+    """
+
+    def __init__(self, settings: DictionarySettings, source: Source, device: str = "cpu") -> None:
+        if source.n_kept < settings.batch_tokens:
+            raise TrainingError(
+                f"{source.n_kept} activations are fewer than one batch of {settings.batch_tokens}: "
+                "give the corpus more tokens, or a smaller batch_tokens"
+            )
+        mean, mean_square = source.statistics()
+        self.settings = settings
+        self.scale = math.sqrt(source.d_model / float(mean_square))
+        center = mean.to(device) * self.scale
+        variance = source.d_model - float(center.square().sum())
+        self.architecture = BatchTopK(settings.k, settings.aux_coefficient, variance)
+        self.learner = Learner(Weights.initial(settings.d_sae, center, settings.seed))
+        self.silent_for = torch.zeros(settings.d_sae, dtype=torch.int64, device=device)
+        self.history: list[StepMetrics] = []
+        self.checkpoint = "none was written yet"
+
+    @property
+    def n_steps(self) -> int:
+        """Steps of the whole run."""
+        return max(1, self.settings.tokens // self.settings.batch_tokens)
+
+    @property
+    def done(self) -> int:
+        """Steps taken."""
+        return len(self.history)
+
+    def run(self, source: Source) -> Iterator[StepMetrics]:
+        """Take the steps that are left, one at a time. Raises TrainingError when the loss diverges."""
+        settings = self.settings
+        for x in source.batches(settings.batch_tokens, self.n_steps, settings.seed, start_step=self.done):
+            yield self.learn(x)
+
+    @torch.no_grad()
+    def learn(self, batch: Float[Tensor, "batch d_model"]) -> StepMetrics:
+        """Take one step on raw activations. Raises TrainingError when something is not finite, or the loss diverges."""
+        lr = learning_rate(self.settings, self.done, self.n_steps)
+        x = batch.to(self.silent_for.device).float() * self.scale
+        dead = self.silent_for >= self.settings.dead_after_tokens
+        step = self.architecture.step(self.learner, x, dead)
+        fvu = step.squared_error / float((x - x.mean(0)).square().sum())
+        if not fvu <= DIVERGED:
+            raise self._failure(batch, fvu)
+        norm = self.learner.update(step.gradients, self.done, lr)
+        self.silent_for += len(x)
+        self.silent_for[step.n_fired > 0] = 0
+        metrics = StepMetrics(
+            step=self.done + 1,
+            tokens=(self.done + 1) * len(x),
+            fvu=fvu,
+            l0=step.n_active / len(x),
+            aux=step.aux,
+            dead=float(dead.double().mean()),
+            lr=lr,
+            grad_norm=float(norm),
+            threshold=self.architecture.threshold / self.scale,
+        )
+        self.history.append(metrics)
+        return metrics
+
+    def _failure(self, batch: Tensor, fvu: float) -> TrainingError:
+        """What went wrong in the step that was about to be taken."""
+        broken = (~batch.isfinite()).any(dim=1).nonzero().flatten().tolist()
+        first = self.done * len(batch)
+        if broken:
+            what = f"row {broken[0]} of its activations holds NaN or an infinity: make the activations again"
+        else:
+            what = f"training diverged (fvu {fvu:.3g}): give a lower lr"
+        return TrainingError(
+            f"step {self.done + 1}, activations {first} to {first + len(batch) - 1} of the run: {what}; "
+            f"last good checkpoint: {self.checkpoint}"
+        )
+
+    def dictionary(self) -> Dictionary:
+        """The dictionary as it is now, folded, with the running threshold."""
+        weights, scale = self.learner.weights, self.scale
+        return Dictionary(
+            W_enc=weights.W_enc.T.clone(),
+            b_enc=(weights.b_enc - weights.W_enc @ weights.b_dec) / scale,
+            W_dec=weights.W_dec.clone(),
+            b_dec=weights.b_dec / scale,
+            threshold=torch.full_like(weights.b_enc, self.architecture.threshold / scale),
+            config={"architecture": self.settings.architecture, "k": self.settings.k},
+        )
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint: complete, or the one before it stays. Raises ArtifactError when the disk is full."""
+        history = torch.tensor(self.history, dtype=torch.float64).reshape(-1, len(StepMetrics._fields))
+        state = self.learner.state() | self.architecture.state() | {"silent_for": self.silent_for, "history": history}
+        with write_atomically(path) as temporary:
+            save_file(state, temporary, metadata={"settings": self.settings.fingerprint()})
+        self.checkpoint = f"step {self.done} in {path}"
+
+    def restore(self, path: Path) -> "Training":
+        """Go on from a checkpoint. Raises TrainingError when it is damaged, or of other settings."""
+        device = self.silent_for.device
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                made_with, names = file.metadata()["settings"], file.keys()
+                state = {name: file.get_tensor(name).clone() for name in names}  # aligned: else kernels sum otherwise
+        except SafetensorError as error:
+            raise TrainingError(f"checkpoint {path} is damaged ({error}): delete it and start again") from None
+        if made_with != self.settings.fingerprint():
+            raise TrainingError(
+                f"checkpoint {path} is of settings {made_with}, these are {self.settings.fingerprint()}: "
+                "delete it, or go back to its settings"
+            )
+        self.learner = Learner.from_state(state)
+        self.architecture.restore(state)
+        self.silent_for = state["silent_for"]
+        self.history = [StepMetrics(int(row[0]), int(row[1]), *row[2:]) for row in state["history"].tolist()]
+        self.checkpoint = f"step {self.done} in {path}"
+        return self
+
+
+def learning_rate(settings: DictionarySettings, step: int, n_steps: int) -> float:
+    """The rate of a step, counted from 0: a linear rise, the peak, a linear fall that would reach 0 after the end."""
+    peak = settings.lr or 2e-4 / math.sqrt(settings.d_sae / 2**14)
+    rise, fall = round(settings.lr_warmup * n_steps), round(settings.lr_decay * n_steps)
+    return peak * min(1.0, (step + 1) / (rise + 1), (n_steps - step) / (fall + 1))

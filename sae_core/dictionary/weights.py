@@ -1,0 +1,96 @@
+"""What is learned: the weights of one dictionary in training, their gradients, and Adam on them."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+from torch.optim.adam import adam
+
+from sae_core.dictionary.sparse import low_precision
+
+BETAS = (0.9, 0.999)  # Anthropic, April 2024; Adam's own defaults
+EPSILON = 1e-8
+MAX_NORM = 1.0
+"""Gradients of a larger norm, over all weights together, are scaled down to it (Anthropic, April 2024)."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights, or anything of their shapes: gradients, Adam's moments.
+
+    W_enc lies here as [d_sae, d_model], a feature a row like W_dec, because every kernel reads it so.
+    """
+
+    W_enc: Float32[Tensor, "d_sae d_model"]
+    b_enc: Float32[Tensor, " d_sae"]
+    W_dec: Float32[Tensor, "d_sae d_model"]
+    b_dec: Float32[Tensor, " d_model"]
+
+    @classmethod
+    def initial(cls, d_sae: int, b_dec: Float32[Tensor, " d_model"], seed: int) -> "Weights":
+        """Unit decoder rows in random directions, the encoder equal to the decoder, no encoder bias.
+
+        Drawn on the CPU, so that every device starts from the same bits.
+        """
+        draw = torch.randn(d_sae, len(b_dec), generator=torch.Generator().manual_seed(seed))
+        W_dec = (draw / draw.norm(dim=1, keepdim=True)).to(b_dec.device)
+        return cls(W_dec.clone(), torch.zeros(d_sae, device=b_dec.device), W_dec, b_dec.clone())
+
+    def zeros(self) -> "Weights":
+        """Zeros of the same shapes."""
+        return Weights(*(torch.zeros_like(tensor) for tensor in self.tensors()))
+
+    def tensors(self) -> list[Tensor]:
+        """All four, in the order of the fields."""
+        return [getattr(self, field.name) for field in fields(self)]
+
+    def state(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors by name, for a checkpoint."""
+        return {f"{prefix}.{field.name}": getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor], prefix: str) -> "Weights":
+        """What `state` gave."""
+        return cls(*(state[f"{prefix}.{field.name}"] for field in fields(cls)))
+
+
+class Learner:
+    """Weights with their Adam moments, and the decoder's constraint: unit rows, after every step."""
+
+    def __init__(self, weights: Weights, mean: Weights | None = None, square: Weights | None = None) -> None:
+        self.weights = weights
+        self.mean, self.square = mean or weights.zeros(), square or weights.zeros()
+        self.W_enc_low: Float[Tensor, "d_sae d_model"] = low_precision(weights.W_enc)
+        """W_enc in the arithmetic of the encoder product, kept up to date."""
+
+    def update(self, gradients: Weights, step: int, lr: float) -> Float32[Tensor, ""]:
+        """One step of Adam, the `step`-th counted from 0, in place; returns the norm of the gradients before clipping.
+
+        The decoder's gradient loses its part along each row, which only the norm constraint would undo.
+        """
+        remove_parallel(gradients.W_dec, self.weights.W_dec)
+        norm = torch.nn.utils.get_total_norm(gradients.tensors())
+        adam(
+            self.weights.tensors(), gradients.tensors(), self.mean.tensors(), self.square.tensors(), [],
+            [torch.tensor(float(step), device=norm.device) for _ in fields(Weights)],
+            fused=True, grad_scale=(norm / MAX_NORM).clamp(min=1), amsgrad=False, maximize=False, weight_decay=0.0,
+            beta1=BETAS[0], beta2=BETAS[1], eps=EPSILON, lr=lr,
+        )  # fmt: skip
+        self.weights.W_dec.div_(torch.linalg.vector_norm(self.weights.W_dec, dim=1, keepdim=True))
+        self.W_enc_low.copy_(self.weights.W_enc)
+        return norm
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on."""
+        return self.weights.state("weights") | self.mean.state("adam_mean") | self.square.state("adam_square")
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> "Learner":
+        """What `state` gave."""
+        return cls(*(Weights.from_state(state, prefix) for prefix in ("weights", "adam_mean", "adam_square")))
+
+
+def remove_parallel(gradient: Float32[Tensor, "d_sae d_model"], rows: Float32[Tensor, "d_sae d_model"]) -> None:
+    """Take from each row of the gradient its part along the (unit) row of weights, in place."""
+    gradient.addcmul_(torch.linalg.vecdot(gradient, rows).unsqueeze(1), rows, value=-1)

@@ -1,0 +1,102 @@
+"""`Features`: the reader of a finished features artifact. Light: pyarrow, no torch."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from sae_core.errors import MindAtlasError
+
+FEATURES = "features.parquet"
+EXAMPLES = "examples.parquet"
+
+
+class FeatureError(MindAtlasError):
+    """A feature that does not exist, or features that cannot be made or read."""
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureRow:
+    """What is known of one feature from the corpus and the weights alone."""
+
+    feature: int
+    n_fired: int
+    """Tokens of the training split on which its value is above 0; attention sinks are not counted."""
+    density: float
+    """`n_fired` as a share of the tokens."""
+    max_act: float
+    mean_act: float
+    """Mean over the tokens on which it fires; 0 for a dead feature."""
+    is_dead: bool
+    promoted: list[str]
+    """Tokens whose logit its direction raises most, strongest first."""
+    promoted_logits: list[float]
+    suppressed: list[str]
+    suppressed_logits: list[float]
+    histogram: list[int]
+    """Firings in equal bins of (0, max_act]."""
+    top_tokens: list[str]
+    """Tokens it fires on most often."""
+    top_token_shares: list[float]
+    """Share of its firings that each of these has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A stretch of text in which the feature fires."""
+
+    feature: int
+    level: int
+    """Activation level of the peak: level i of n is ((i - 1) / n, i / n] of the feature's maximum."""
+    kind: str
+    """`top`: one of the strongest; `level`: drawn at random from its level."""
+    act: float
+    """The feature's value at the peak."""
+    document: int
+    position: int
+    """The peak's place among the document's tokens."""
+    peak: int
+    """The peak's place in `tokens`."""
+    tokens: list[str]
+    acts: list[float]
+    """The feature's value on each of `tokens`; 0 on attention sinks, which are left out."""
+
+
+class Features:
+    """Firing statistics, examples and logit effects of all features of a dictionary."""
+
+    def __init__(self, folder: Path) -> None:
+        self.features_path = folder / FEATURES
+        self.examples_path = folder / EXAMPLES
+
+    @classmethod
+    def open(cls, folder: Path) -> "Features":
+        """The features in `folder`. Raises FeatureError when there are none."""
+        found = cls(folder)
+        for path in (found.features_path, found.examples_path):
+            if not path.is_file():
+                raise FeatureError(f"{path} is missing: make the features again with `mind-atlas run`")
+        return found
+
+    @cached_property
+    def _table(self) -> pa.Table:
+        return pq.read_table(self.features_path)
+
+    def table(self) -> pa.Table:
+        """One row for each feature, in order; columns as in `FeatureRow`."""
+        return self._table
+
+    def feature(self, feature: int) -> FeatureRow:
+        """What is known of a feature. Raises FeatureError when there is no such feature."""
+        n = self._table.num_rows
+        if not 0 <= feature < n:
+            raise FeatureError(f"there is no feature {feature}: this dictionary has features 0 to {n - 1}")
+        return FeatureRow(**self._table.slice(feature, 1).to_pylist()[0])
+
+    def examples(self, feature: int) -> list[Example]:
+        """The feature's examples, strongest first; none for a dead feature."""
+        rows = pq.read_table(self.examples_path, filters=pc.field("feature") == feature)
+        return [Example(**row) for row in rows.to_pylist()]

@@ -1,0 +1,28 @@
+"""Names for features: written by a language model from examples, and a lexical one without any.
+
+    prompts       what the label writer is asked, and how its answer is read
+    client        completions from any OpenAI-compatible server, paid for once
+    local_server  such a server on this machine, when no other is named
+    labeler       one feature after another: asked, read, asked again once, recorded
+    lexical       the tokens a feature fires on and those it promotes
+    build         the stage: labels.parquet and attempts.jsonl
+    reader        `Labels`, the one reader of the table
+
+Reading needs no client, so `build_labels` is loaded when it is first asked for.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from sae_core.labels.reader import LabelRow as LabelRow
+from sae_core.labels.reader import Labels as Labels
+
+if TYPE_CHECKING:
+    from sae_core.labels.build import build_labels as build_labels
+
+
+def __getattr__(name: str) -> Any:
+    if name == "build_labels":
+        from sae_core.labels.build import build_labels
+
+        return build_labels
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,111 @@
+"""Load a model or its tokenizer from wherever it lies: the catalog, the hub, a folder, or a GGUF file.
+
+No code that comes with a model is ever run.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+from transformers.utils import logging
+
+from sae_core.artifacts import file_sha256, require_space
+from sae_core.catalog import cache_dir, find_model
+from sae_core.downloads import lock
+from sae_core.errors import MindAtlasError
+from sae_core.progress import Report, silent
+from sae_core.study import ModelSettings
+
+logging.disable_progress_bar()  # progress is told through `report`, and shown by whoever listens
+
+
+class ModelError(MindAtlasError):
+    """A language model that cannot be found, loaded, or read where one asks."""
+
+
+def load_tokenizer(settings: ModelSettings, report: Report = silent) -> Any:
+    """The model's tokenizer, without its weights.
+
+    Raises:
+        ModelError: it has none, or it cannot be read.
+        CatalogError: the model cannot be found or fetched.
+    """
+    return _load(AutoTokenizer, settings, report)
+
+
+def load_weights(settings: ModelSettings, dtype: torch.dtype, report: Report = silent) -> Any:
+    """The causal language model with weights of the given type; raises as `load_tokenizer`."""
+    return _load(AutoModelForCausalLM, settings, report, dtype=dtype)
+
+
+def _load(loader: Any, settings: ModelSettings, report: Report, **options: Any) -> Any:
+    found = find_model(settings, report)
+    path = str(_dequantized(Path(found.path), report)) if found.kind == "gguf" else found.path
+    try:
+        return loader.from_pretrained(path, revision=found.revision or "main", trust_remote_code=False, **options)
+    except MemoryError:
+        raise _too_large(settings) from None
+    except RuntimeError as error:
+        if "allocate memory" not in str(error) and "out of memory" not in str(error):
+            raise
+        raise _too_large(settings) from None
+    except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
+        why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(
+            f"model.source = {settings.source!r} cannot be loaded ({why[:240]}): give a catalog name, "
+            "a folder with config, weights and tokenizer, a .gguf file, or an id that is on the hub or in its cache"
+        ) from error
+
+
+def _too_large(settings: ModelSettings) -> ModelError:
+    return ModelError(f"model.source = {settings.source!r} does not fit into memory: name a smaller model")
+
+
+def _dequantized(gguf: Path, report: Report) -> Path:
+    """Folder with the GGUF as a Hugging Face model, made at first use.
+
+    The weights are kept in float32: a de-quantized one (a 16-bit scale times a few bits, plus a 16-bit offset) needs
+    up to 26 bits, so that the first rounding that matters is the one to the precision a study asks for.
+    """
+    models = cache_dir() / "models"
+    folder = models / f"{gguf.stem}-{file_sha256(gguf)[:16]}"
+    if not folder.exists():
+        with lock(models):
+            if not folder.exists():
+                report(0, 1, "models")
+                require_space(models, 8 * gguf.stat().st_size)  # 4 bits a weight become 32
+                draft = folder.with_name(folder.name + ".tmp")
+                shutil.rmtree(draft, ignore_errors=True)
+                draft.mkdir()
+                _dequantize(gguf, draft)
+                draft.rename(folder)
+                report(1, 1, "models")
+    return folder
+
+
+def _dequantize(gguf: Path, folder: Path) -> None:
+    """Write config, weights, and tokenizer with chat template.
+
+    `from_pretrained(gguf_file=...)` would need the accelerate package, and `save_pretrained` refuses what it returns.
+    """
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    try:
+        tokenizer, config = AutoTokenizer.from_pretrained(**source), AutoConfig.from_pretrained(**source)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        weights = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)["tensors"]
+    except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
+        raise ModelError(f"{gguf} cannot be read as a model ({error}): give its safetensors instead") from error
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    if missing := [name for name, weight in model.named_parameters() if weight.is_meta]:
+        raise ModelError(f"{gguf} lacks {len(missing)} weights ({missing[0]}, ...): give its safetensors instead")
+    config.architectures = [type(model).__name__]
+    for part in (tokenizer, config, model.generation_config):
+        part.save_pretrained(folder)
+    save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})

@@ -1,0 +1,77 @@
+"""Steering: change features of the activations while the model runs."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_core.dictionary import Dictionary
+from sae_core.errors import MindAtlasError
+
+
+class SteeringError(MindAtlasError):
+    """A feature or a strength that one cannot steer with."""
+
+
+class Clamp(NamedTuple):
+    """A feature, held at `strength` times its own maximum over the corpus; 0 takes it away, less than 0 opposes it."""
+
+    feature: int
+    strength: float
+
+
+def clamp_edit(
+    dictionary: Dictionary, clamps: Sequence[Clamp], max_acts: Float[Tensor, " d_sae"]
+) -> Callable[[Float[Tensor, "batch length d_model"]], Float[Tensor, "batch length d_model"]]:
+    """An edit of the dictionary's site, for `LanguageModel.edit`, that clamps features at every position.
+
+        x' = x + sum_i (c_i - f_i(x)) * W_dec[i]        with c_i = strength_i * max_acts[i]
+
+    This is the reconstruction with the features clamped, plus the reconstruction error of x, which stays as it is
+    (Templeton et al. 2024, "Methodological details" of steering). All f_i are those of the unchanged x. Computed in
+    float32 and returned in the type of x; where f_i = c_i already, x comes back bit for bit. `dictionary`
+    and `max_acts` lie on the model's device.
+
+    Raises:
+        SteeringError: a feature does not exist, never fires, or is named twice; or a strength is not finite.
+    """
+    _check(clamps, max_acts)
+    if not clamps:
+        return lambda x: x
+    chosen = torch.tensor([clamp.feature for clamp in clamps], device=max_acts.device)
+    target = torch.tensor([clamp.strength for clamp in clamps], device=max_acts.device) * max_acts[chosen].float()
+    part = _restrict(dictionary, chosen)
+
+    def edit(x: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "batch length d_model"]:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        change = (target - part.encode(rows)) @ part.W_dec
+        return (rows + change).to(x.dtype).view_as(x)
+
+    return edit
+
+
+def _check(clamps: Sequence[Clamp], max_acts: Float[Tensor, " d_sae"]) -> None:
+    for feature, strength in clamps:
+        if not 0 <= feature < len(max_acts):
+            raise SteeringError(f"feature {feature} does not exist: the dictionary has 0 to {len(max_acts) - 1}")
+        if not math.isfinite(strength):
+            raise SteeringError(f"feature {feature}: strength {strength} is no number: try 5, 10 or -2")
+        if not max_acts[feature] > 0:
+            raise SteeringError(f"feature {feature} never fires on the corpus, so it has no strength: choose another")
+    if len({clamp.feature for clamp in clamps}) < len(clamps):
+        raise SteeringError("a feature is clamped twice: give each feature one strength")
+
+
+def _restrict(dictionary: Dictionary, features: Tensor) -> Dictionary:
+    """The dictionary with only these features: they alone need computing."""
+    return Dictionary(
+        dictionary.W_enc[:, features],
+        dictionary.b_enc[features],
+        dictionary.W_dec[features],
+        dictionary.b_dec,
+        dictionary.threshold[features],
+        dictionary.config,
+    )

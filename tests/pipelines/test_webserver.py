@@ -1,0 +1,147 @@
+"""The real web server and daemon, asked through the API that Dagster's own pages use."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from assets.partitions import STUDIES
+from sae_core.artifacts import PROJECT
+
+LAUNCH = """
+mutation($params: ExecutionParams!) { launchRun(executionParams: $params) {
+  __typename
+  ... on LaunchRunSuccess { run { runId } }
+  ... on PythonError { message }
+  ... on RunConfigValidationInvalid { errors { message } }
+} }"""
+RUN = """
+query($id: ID!) { runOrError(runId: $id) { ... on Run {
+  status
+  assetMaterializations { metadataEntries { label ... on BoolMetadataEntry { boolValue } } }
+  assetCheckEvaluations: eventConnection { events { __typename
+    ... on AssetCheckEvaluationEvent { evaluation { checkName success severity description } }
+    ... on ExecutionStepFailureEvent { error { message } failureMetadata { description } }
+  } }
+} } }"""
+NODES = """
+{ assetNodes { assetKey { path } groupName description jobNames partitionKeys
+  configField { configType { ... on CompositeConfigType { fields { name description } } } } } }"""
+
+
+class Server:
+    def __init__(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+
+    def ask(self, query: str, **variables: Any) -> dict[str, Any]:
+        body = json.dumps({"query": query, "variables": variables}).encode()
+        request = urllib.request.Request(f"{self.url}/graphql", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            answer = json.load(response)
+        assert "errors" not in answer, answer["errors"]
+        return answer["data"]
+
+    def materialize(self, asset: str, partition: str, **config: Any) -> dict[str, Any]:
+        node = next(n for n in self.ask(NODES)["assetNodes"] if n["assetKey"]["path"] == [asset])
+        job = next(name for name in node["jobNames"] if name.startswith("__ASSET_JOB"))
+        params = {
+            "selector": {
+                "repositoryLocationName": "pipelines.definitions", "repositoryName": "__repository__",
+                "pipelineName": job, "assetSelection": [{"path": [asset]}], "assetCheckSelection": None,
+            },
+            "mode": "default",
+            "runConfigData": json.dumps({"ops": {asset: {"config": config}}}),
+            "executionMetadata": {"tags": [{"key": "dagster/partition", "value": partition}]},
+        }  # fmt: skip
+        launched = self.ask(LAUNCH, params=params)["launchRun"]
+        assert launched["__typename"] == "LaunchRunSuccess", launched
+        return self.wait(launched["run"]["runId"])
+
+    def wait(self, run_id: str) -> dict[str, Any]:
+        for _ in range(240):
+            run = self.ask(RUN, id=run_id)["runOrError"]
+            if run["status"] in ("SUCCESS", "FAILURE", "CANCELED"):
+                return run
+            time.sleep(0.5)
+        raise AssertionError(f"the run has not ended: {run['status']}")
+
+
+@pytest.fixture(scope="module")
+def server(tiny_study: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    home = tmp_path_factory.mktemp("dagster")
+    shutil.copy(PROJECT / "dagster.yaml", home)
+    (home / "studies").mkdir()
+    (home / "studies" / "tiny.toml").symlink_to(tiny_study)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("dagster")), "dev", "-m", "pipelines.definitions"]
+    environment = os.environ | {"DAGSTER_HOME": str(home), "MIND_ATLAS_HOME": str(home)}
+    with (home / "log").open("w") as log:
+        process = subprocess.Popen(
+            [*command, "-h", "127.0.0.1", "-p", str(port)], cwd=home, env=environment, stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        server = Server(port)
+        for _ in range(120):
+            try:
+                server.ask("{ version }")
+                break
+            except OSError:
+                assert process.poll() is None, (home / "log").read_text()
+                time.sleep(0.5)
+        yield server
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+
+
+def checks(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    events = run["assetCheckEvaluations"]["events"]
+    found = [e["evaluation"] for e in events if e["__typename"] == "AssetCheckEvaluationEvent"]
+    return {evaluation["checkName"]: evaluation for evaluation in found}
+
+
+def test_every_asset_is_shown_with_group_description_partitions_and_typed_described_settings(server: Server):
+    nodes = {node["assetKey"]["path"][0]: node for node in server.ask(NODES)["assetNodes"]}
+    assert nodes.keys() == {"corpus", "activations", "dictionary", "features", "neighbors", "feature_map", "labels"}
+    for name, node in nodes.items():
+        assert node["description"], name
+        assert any("tiny" in key for key in node["partitionKeys"]), name
+        fields = node["configField"]["configType"]["fields"]
+        assert all(field["description"] for field in fields), name
+        assert "again" in {field["name"] for field in fields}, name
+
+
+def test_any_asset_is_materialized_for_a_partition_and_the_second_time_is_cached(server: Server):
+    study = STUDIES.get("tiny")
+    dictionary = study.spec(study.dictionaries[0]).slug
+    for asset, partition in (("corpus", "tiny"), ("activations", study.site.slug), ("dictionary", dictionary)):
+        run = server.materialize(asset, partition)
+        assert run["status"] == "SUCCESS", run
+        assert all(check["success"] for check in checks(run).values()), run
+    again = server.materialize("dictionary", dictionary)
+    entries = again["assetMaterializations"][0]["metadataEntries"]
+    assert {e["label"]: e.get("boolValue") for e in entries}["cached"] is True
+
+
+def test_a_failed_check_and_a_failed_run_read_clearly(server: Server):
+    short = server.materialize("corpus", "tiny", tokens=10_000_000)
+    assert short["status"] == "SUCCESS"
+    verdict = checks(short)["enough_text"]
+    assert (verdict["success"], verdict["severity"]) == (False, "WARN")
+    assert verdict["description"].startswith("enough_text is 0.0")
+    failed = server.materialize("activations", STUDIES.get("tiny").site.slug, sink_norm=0.5)
+    assert failed["status"] == "FAILURE"
+    assert "activations: sink_norm = 0.5: Input should be greater than 1" in json.dumps(failed["assetCheckEvaluations"])

@@ -1,0 +1,153 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sae_core.features import Example, Features
+from sae_core.labels.prompts import (
+    AFTER,
+    BEFORE,
+    BadAnswer,
+    ask,
+    ask_again,
+    choose_examples,
+    mark,
+    read_answer,
+)
+
+
+def example(tokens: list[str], acts: list[float], peak: int, kind: str = "top", level: int = 1) -> Example:
+    return Example(0, level, kind, max(acts, default=0.0), 0, 0, peak, tokens, acts)
+
+
+@pytest.fixture
+def features(make_features) -> Features:
+    return Features.open(make_features())
+
+
+def test_the_firing_tokens_are_marked_as_one_run():
+    marked = mark(example(["in", " New", " York", " now"], [0.0, 2.0, 1.0, 0.1], peak=1))
+    assert marked == "in<< New York>> now"
+
+
+def test_no_more_than_the_window_is_shown():
+    tokens = [f" {i}" for i in range(40)]
+    shown = mark(example(tokens, [0.0] * 20 + [1.0] + [0.0] * 19, peak=20)).replace("<<", "").replace(">>", "")
+    assert shown.split() == [str(i) for i in range(20 - BEFORE, 20 + AFTER)]
+
+
+@given(st.lists(st.text(), min_size=1, max_size=6))
+def test_corpus_text_stays_on_its_line_and_closes_no_tag(tokens):
+    shown = mark(example(tokens, [1.0] + [0.0] * (len(tokens) - 1), peak=0))
+    assert len(shown.splitlines()) <= 1
+    assert "</" not in shown
+
+
+def test_marks_in_the_corpus_are_not_taken_for_ours():
+    assert mark(example(["a << b", ">>"], [0.0, 1.0], peak=1)) == "a < < b<<> >>>"
+
+
+def test_half_of_the_examples_are_the_top_ones_and_the_rest_go_over_the_levels(features):
+    examples = features.examples(0)
+    chosen = [examples[i] for i in choose_examples(examples, 8, seed=0)]
+    assert [e.act for e in chosen if e.kind == "top"] == [10.0, 9.0, 8.0, 7.0]
+    assert [e.level for e in chosen if e.kind == "level"] == [5, 4, 3, 2]
+
+
+def test_an_example_that_reads_the_same_is_shown_once(features):
+    first = features.examples(0)[0]
+    assert len(choose_examples([first, replace(first, document=7), first], 8, seed=0)) == 1
+
+
+def test_the_choice_depends_on_the_seed_only(features):
+    level = [e for e in features.examples(0) if e.kind == "level"]
+    many = [replace(e, level=3, tokens=[*e.tokens[:-15], f" {i}", *e.tokens[-14:]]) for i, e in enumerate(level * 4)]
+    choices = {seed: choose_examples(many, 4, seed) for seed in range(8)}
+    assert choices == {seed: choose_examples(many, 4, seed) for seed in range(8)}
+    assert len({tuple(c) for c in choices.values()}) > 1
+
+
+def test_what_all_prompts_share_stands_first(features):
+    first, second = (ask(features.feature(i), features.examples(i)[:8]) for i in (0, 1))
+    assert first[0] == second[0]
+    assert first[1] != second[1]
+    assert "planet" not in json.dumps(first[0]).lower()
+
+
+def test_the_repair_turn_says_what_was_wrong_and_quotes_little_of_it(features):
+    messages = ask_again(ask(features.feature(0), []), "x" * 50_000, "there is no label")
+    assert len(messages[-2]["content"]) == 1000
+    assert "there is no label" in messages[-1]["content"]
+
+
+GOOD = '{"label": "planets", "description": "Names of planets.", "kind": "input", "confidence": 0.9}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD,
+        f"Sure! Here it is:\n```json\n{GOOD}\n```\nHope this helps {{smile}}.",
+        f"<think>maybe {{x}}</think>{GOOD}",
+        f'{{"thought": 1}} {GOOD}',
+        f"[{GOOD}]",
+    ],
+)
+def test_prose_around_the_object_does_no_harm(text):
+    assert read_answer(text) == ("planets", "Names of planets.", "input", 0.9)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "planets", "<html>no</html>", GOOD[:-10], '{"label": ""}', '{"label": 3}', '{"label": null}', "{" * 50_000,
+        "word " * 10_000, json.dumps({"label": "word " * 10_000}), json.dumps({"label": "x" * 5000}),
+        json.dumps({"label": "one two three four five six seven eight nine"}), "[1, 2]", '{"label": "\u202e"}',
+        '{"a":' * 20_000,
+    ],
+)  # fmt: skip
+def test_an_answer_without_a_usable_label_is_refused(text):
+    with pytest.raises(BadAnswer):
+        read_answer(text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "confidence"),
+    [({}, "unclear", None), ({"kind": "INPUT", "confidence": 80}, "unclear", None),
+     ({"kind": "both", "confidence": "high"}, "both", None), ({"kind": ["input"], "confidence": True}, "unclear", None),
+     ({"kind": "output", "confidence": 1}, "output", 1.0)],
+)  # fmt: skip
+def test_what_is_missing_beside_the_label_is_left_open(fields, kind, confidence):
+    answer = read_answer(json.dumps({"label": "x"} | fields))
+    assert (answer.kind, answer.confidence) == (kind, confidence)
+
+
+def test_markup_stays_text_and_direction_marks_go():
+    answer = read_answer(json.dumps({"label": "<b>\u202eevil\u2066</b>\n\x1b[31m name"}))
+    assert answer.label == "<b>evil</b> [31m name"
+
+
+@given(st.text())
+def test_any_text_is_read_or_refused(text):
+    try:
+        answer = read_answer(text)
+    except BadAnswer:
+        return
+    assert answer.label
+
+
+@given(st.text())
+def test_a_label_that_is_read_is_one_short_line(text):
+    try:
+        label = read_answer(json.dumps({"label": text})).label
+    except BadAnswer:
+        return
+    assert 1 <= len(label.split()) <= 8
+    assert len(label.splitlines()) == 1
+
+
+def test_features_without_examples_can_be_asked_about(tmp_path: Path, features):
+    assert "<texts>\n\n</texts>" in ask(features.feature(0), [])[1]["content"]

@@ -1,0 +1,99 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sae_core.dictionary import Dictionary
+from sae_core.language_model import LanguageModel
+from sae_core.steering import Clamp, SteeringError, clamp_edit
+from sae_core.study import ModelSettings
+
+D_MODEL, D_SAE = 32, 64
+DEAD, SILENT = 7, 8
+
+
+@pytest.fixture(scope="module")
+def dictionary() -> Dictionary:
+    rng = torch.Generator().manual_seed(0)
+    W_enc, W_dec = torch.randn(D_MODEL, D_SAE, generator=rng), torch.randn(D_SAE, D_MODEL, generator=rng)
+    W_dec /= W_dec.norm(dim=1, keepdim=True)
+    b_enc, b_dec = torch.randn(D_SAE, generator=rng), torch.randn(D_MODEL, generator=rng)
+    threshold = torch.full((D_SAE,), 3.0)
+    threshold[SILENT] = 1e6
+    return Dictionary(W_enc, b_enc, W_dec, b_dec, threshold, {"architecture": "batch_top_k"})
+
+
+@pytest.fixture(scope="module")
+def max_acts() -> Tensor:
+    maxima = torch.linspace(1, 9, D_SAE)
+    maxima[DEAD] = 0
+    return maxima
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_model: Path) -> LanguageModel:
+    return LanguageModel.load(ModelSettings(source=str(tiny_model)), precision="float32")
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(0, 512, (2, 20), generator=torch.Generator().manual_seed(5))
+
+
+CLAMPS = [[Clamp(3, 10.0)], [Clamp(0, -2.0)], [Clamp(5, 0.0)], [Clamp(1, 5.0), Clamp(40, 0.0), Clamp(41, 2.5)]]
+
+
+@pytest.mark.parametrize("clamps", CLAMPS, ids=str)
+def test_clamping_equals_the_full_decoder_with_clamped_features_plus_the_error(
+    lm: LanguageModel, ids: Tensor, dictionary: Dictionary, max_acts: Tensor, clamps: list[Clamp]
+) -> None:
+    def spliced(x: Tensor) -> Tensor:
+        rows = x.reshape(-1, D_MODEL)
+        acts = dictionary.encode(rows)
+        error = rows - dictionary.decode(acts)
+        for feature, strength in clamps:
+            acts[:, feature] = strength * max_acts[feature]
+        return (dictionary.decode(acts) + error).view_as(x)
+
+    with lm.edit("resid_post", 2, spliced):
+        expected = lm.logits(ids)
+    with lm.edit("resid_post", 2, clamp_edit(dictionary, clamps, max_acts)):
+        steered = lm.logits(ids)
+    torch.testing.assert_close(steered, expected, rtol=1e-4, atol=1e-4)
+    assert (steered - lm.logits(ids)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_nothing_to_change_leaves_the_logits_bit_equal(
+    tiny_model: Path, ids: Tensor, dictionary: Dictionary, max_acts: Tensor, precision: str
+) -> None:
+    lm = LanguageModel.load(ModelSettings(source=str(tiny_model)), precision=precision)
+    plain = lm.logits(ids)
+    for clamps in ([], [Clamp(SILENT, 0.0)]):
+        with lm.edit("resid_post", 2, clamp_edit(dictionary, clamps, max_acts)):
+            assert torch.equal(lm.logits(ids), plain)
+
+
+def test_steering_holds_through_generation(lm: LanguageModel, dictionary: Dictionary, max_acts: Tensor) -> None:
+    with lm.edit("resid_post", 2, clamp_edit(dictionary, [Clamp(3, 50.0)], max_acts)):
+        steered = "".join(lm.generate("The river", 10))
+    assert steered != "".join(lm.generate("The river", 10))
+
+
+@pytest.mark.parametrize(
+    ("clamps", "why"),
+    [
+        ([Clamp(D_SAE, 1.0)], "feature 64 does not exist: the dictionary has 0 to 63"),
+        ([Clamp(-1, 1.0)], "feature -1 does not exist"),
+        ([Clamp(DEAD, 1.0)], "feature 7 never fires"),
+        ([Clamp(1, float("nan"))], "strength nan"),
+        ([Clamp(1, float("inf"))], "strength inf"),
+        ([Clamp(1, 1.0), Clamp(1, 2.0)], "clamped twice"),
+    ],
+)
+def test_a_clamp_that_makes_no_sense_is_refused(
+    dictionary: Dictionary, max_acts: Tensor, clamps: list[Clamp], why: str
+) -> None:
+    with pytest.raises(SteeringError, match=why):
+        clamp_edit(dictionary, clamps, max_acts)

@@ -1,0 +1,161 @@
+"""The dictionary stage, on the real activations of a tiny model."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from sae_core import training
+from sae_core.activations import Activations, harvest
+from sae_core.artifacts import SCRATCH
+from sae_core.corpus import build_corpus
+from sae_core.dictionary import Dictionary
+from sae_core.dictionary.trainer import TrainingError
+from sae_core.study import ActivationSettings, CorpusSettings, DictionarySettings, ModelSettings
+from sae_core.training import build_dictionary, calibrate
+
+SITE = ActivationSettings(layer=1, precision="float32", shard_tokens=1024)
+SETTINGS = DictionarySettings(d_sae=96, k=6, tokens=12_000, batch_tokens=256, evaluation_tokens=256)
+FILES = {"dictionary.safetensors", "config.json", "metrics.parquet"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Any:
+    """Arrays this small are slower on several threads, and far slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def parents(tiny_model: Path, text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Settings and folders of everything that the stage stands on."""
+    folder = tmp_path_factory.mktemp("parents")
+    corpus, activations = folder / "corpus", folder / "activations"
+    corpus.mkdir()
+    activations.mkdir()
+    model = ModelSettings(source=str(tiny_model))
+    text = CorpusSettings.model_validate(
+        {"name": "t", "sources": [str(text_folder)], "tokens": 20_000, "block_tokens": 32, "held_out": 0.2}
+    )
+    build_corpus(text, model, corpus)
+    harvest(SITE, model, corpus, activations)
+    return {"site": SITE, "model": model, "corpus": corpus, "activations": activations}
+
+
+@pytest.fixture(scope="module")
+def built(parents: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A finished dictionary and its summary."""
+    folder = tmp_path_factory.mktemp("dictionary")
+    return folder, build_dictionary(SETTINGS, folder=folder, **parents)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in FILES}
+
+
+def test_summary_is_json_with_numbers_in_their_ranges(built: tuple[Path, dict[str, Any]]) -> None:
+    summary = json.loads(json.dumps(built[1], allow_nan=False))
+    assert 0 < summary["fvu"] < 1
+    assert summary["l0"] == pytest.approx(SETTINGS.k, rel=0.2)  # a corpus this small differs between its splits
+    assert summary["train_l0"] == pytest.approx(SETTINGS.k, rel=0.05)
+    assert summary["n_dead"] == round(summary["dead"] * SETTINGS.d_sae)
+    assert summary["ce_clean"] <= summary["ce_spliced"] <= summary["ce_zero_ablated"] + 1
+    assert summary["delta_ce"] == pytest.approx(summary["ce_spliced"] - summary["ce_clean"])
+    assert summary["steps"] == 12_000 // 256
+    assert summary["tokens_per_second"] > 0
+
+
+def test_files_are_complete_and_the_dictionary_loads(built: tuple[Path, dict[str, Any]]) -> None:
+    folder, summary = built
+    assert {path.name for path in folder.iterdir()} == FILES | {SCRATCH}
+    dictionary = Dictionary.load(folder)
+    assert (dictionary.d_sae, dictionary.config["k"]) == (SETTINGS.d_sae, SETTINGS.k)
+    assert float(dictionary.threshold[0]) == summary["threshold"]
+    metrics = pq.read_table(folder / "metrics.parquet")
+    assert metrics.num_rows == summary["steps"]
+    assert {"step", "tokens", "fvu", "l0", "aux", "dead", "lr", "grad_norm"} <= set(metrics.column_names)
+
+
+def test_progress_is_told_in_tokens_to_the_end(parents: dict[str, Any], tmp_path: Path) -> None:
+    told: list[tuple[int, int, str, dict[str, float]]] = []
+
+    def report(done: int, total: int, unit: str, **values: float) -> None:
+        told.append((done, total, unit, values))
+
+    build_dictionary(SETTINGS, folder=tmp_path, report=report, **parents)
+    assert told[-1][0] == told[-1][1] == 46 * 256
+    assert {unit for _, _, unit, _ in told} == {"tokens"}
+    assert set(told[-1][3]) == {"fvu", "l0", "dead"}
+
+
+def test_threshold_gives_k_features_a_token_exactly(
+    built: tuple[Path, dict[str, Any]], parents: dict[str, Any]
+) -> None:
+    dictionary, source = Dictionary.load(built[0]), Activations.open(parents["activations"])
+    x = next(source.batches(512, 1, seed=3))
+    dictionary.threshold.mul_(1.1)  # only about right
+    calibrated = calibrate(dictionary, iter(x.split(100)), SETTINGS.k)
+    assert len(calibrated.encode_sparse(x).value) == SETTINGS.k * 512
+
+
+def test_a_run_killed_in_training_goes_on_to_the_same_bytes(
+    built: tuple[Path, dict[str, Any]], parents: dict[str, Any], tmp_path: Path
+) -> None:
+    """SIGKILL after the first checkpoint, in a process of its own."""
+    arguments = {
+        "settings": SETTINGS.model_dump_json(), "site": SITE.model_dump_json(), "folder": str(tmp_path),
+        "model": parents["model"].model_dump_json(),
+        "corpus": str(parents["corpus"]), "activations": str(parents["activations"]),
+    }  # fmt: skip
+    script = (
+        "import json, sys, time, torch\n"
+        "from pathlib import Path\n"
+        "from sae_core import training\n"
+        "from sae_core.study import *\n"
+        "torch.set_num_threads(1)\n"
+        "training.CHECKPOINT_SECONDS = 0\n"
+        "a = json.loads(sys.argv[1])\n"
+        "training.build_dictionary(DictionarySettings.model_validate_json(a['settings']),\n"
+        "    ActivationSettings.model_validate_json(a['site']), ModelSettings.model_validate_json(a['model']),\n"
+        "    Path(a['corpus']), Path(a['activations']), Path(a['folder']),\n"
+        "    report=lambda done, *_, **__: time.sleep(done > 5000 and 60))\n"  # waits in the middle for its end
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, json.dumps(arguments)])
+    checkpoint = tmp_path / SCRATCH / "checkpoint.safetensors"
+    deadline = time.monotonic() + 200
+    while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert checkpoint.exists()
+    assert not (tmp_path / "dictionary.safetensors").exists()
+    build_dictionary(SETTINGS, folder=tmp_path, **parents)
+    assert content(tmp_path) == content(built[0])
+
+
+def test_a_run_killed_while_it_judges_goes_on_to_the_same_bytes(
+    built: tuple[Path, dict[str, Any]], parents: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "measure", killed)
+        build_dictionary(SETTINGS, folder=tmp_path, **parents)
+    build_dictionary(SETTINGS, folder=tmp_path, **parents)
+    assert content(tmp_path) == content(built[0])
+
+
+def test_a_batch_larger_than_the_activations_is_refused(parents: dict[str, Any], tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"batch_tokens": 1_000_000})
+    with pytest.raises(TrainingError, match="fewer than one batch of 1000000"):
+        build_dictionary(settings, folder=tmp_path, **parents)
