@@ -202,7 +202,7 @@ class ArtifactStore:
     def _commit(self, manifest: Manifest, folder: Path) -> Made:
         """Checksum, switch the manifest over, and drop what it replaced."""
         shutil.rmtree(folder / SCRATCH, ignore_errors=True)
-        for leftover in folder.rglob("*.tmp"):
+        for leftover in (*folder.rglob("*.tmp"), *folder.rglob(".*")):  # a killed run's, ours and safetensors'
             leftover.unlink()
         files = {str(p.relative_to(folder)): _describe(p) for p in sorted(folder.rglob("*")) if p.is_file()}
         manifest = replace(manifest, files=files)
@@ -248,6 +248,7 @@ def write_atomically(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         with temporary.open("rb+") as file:
+            os.fchmod(file.fileno(), 0o644)  # safetensors makes files that only their owner may read
             os.fsync(file.fileno())
         temporary.replace(path)
         _fsync_folder(path.parent)

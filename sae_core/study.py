@@ -120,7 +120,11 @@ class DictionarySettings(Settings):
     batch_tokens: int = Field(2048, ge=1)
     """Activations a step."""
     lr: float | None = Field(None, gt=0)
-    """Peak learning rate; default 2e-4 / sqrt(d_sae / 2^14) (Gao et al. 2024; dictionary_learning's TopK trainer)."""
+    """Peak learning rate; default 1e-3 / sqrt(d_sae / 2^14).
+
+    The law is Gao et al.'s (2024). The factor is five times that of dictionary_learning, whose runs see hundreds of
+    millions of activations: after one million, at SmolLM2's layer 15, FVU is 0.166 and not 0.237.
+    """
     lr_warmup: Share = 0.05
     """Share of the steps over which the learning rate rises from 0."""
     lr_decay: Share = 0.2

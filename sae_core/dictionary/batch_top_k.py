@@ -14,8 +14,8 @@ GUESS = 0.9
 """Pairs are proposed from this share of the last batches' smallest selected activation ..."""
 SAFE = 0.95
 """... which must turn out to be at most this share of this batch's, so that bfloat16 can have missed none."""
-MEMORY = 0.9
-"""Decay of the running smallest selected activation."""
+MEMORY = 0.5
+"""Decay of the running smallest selected activation: short, for it falls fast at first, and one batch says it well."""
 
 
 class Step(NamedTuple):

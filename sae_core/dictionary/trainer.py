@@ -191,6 +191,6 @@ class Training:
 
 def learning_rate(settings: DictionarySettings, step: int, n_steps: int) -> float:
     """The rate of a step, counted from 0: a linear rise, the peak, a linear fall that would reach 0 after the end."""
-    peak = settings.lr or 2e-4 / math.sqrt(settings.d_sae / 2**14)
+    peak = settings.lr or 1e-3 / math.sqrt(settings.d_sae / 2**14)
     rise, fall = round(settings.lr_warmup * n_steps), round(settings.lr_decay * n_steps)
     return peak * min(1.0, (step + 1) / (rise + 1), (n_steps - step) / (fall + 1))

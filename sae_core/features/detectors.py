@@ -43,7 +43,7 @@ def best_detectors(
 
     Args:
         dictionary: whose features are tried, all of them.
-        activations: one split, small enough that its firings fit into memory (about `l0` times 20 bytes a token).
+        activations: one split, small enough that its firings fit into memory (about 100 bytes each, `l0` a token).
         blocks: the same split of the corpus.
         is_positive: whether a document, by number, is of the kind that is looked for.
         unit: judge each `token`, or each `document` by the feature's largest value in it.

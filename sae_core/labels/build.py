@@ -29,8 +29,8 @@ CONCURRENCY = 8
 """Requests under way at once at an endpoint; a local server takes one at a time."""
 MIN_FIRED = 20
 """Features that fired less often are asked about last: too few examples to judge by."""
-MAX_DENSITY = 0.05
-"""Features that fire on a larger share of the tokens are asked about last: they seldom have one meaning."""
+MAX_DENSITY = 0.01
+"""Features that fire on a larger share of the tokens are asked about last: they are punctuation, or no one thing."""
 _SHOWN = 10  # labels in the summary
 
 
@@ -78,12 +78,13 @@ def build_labels(
 def choose_features(table: pa.Table, count: int) -> list[int]:
     """The `count` live features most worth a label, in the order in which they are asked about.
 
-    First those that fired at least `MIN_FIRED` times and on at most `MAX_DENSITY` of the tokens, strongest maximum
-    first; then the other live ones, likewise. Ties go to the lower number.
+    First those that fired at least `MIN_FIRED` times and on at most `MAX_DENSITY` of the tokens, strongest first;
+    then the other live ones, likewise. Strong is a high mean over firings: a maximum may be one odd token's, on which
+    hundreds of features have theirs. Ties go to the lower number.
     """
-    n_fired, density, max_act = (table[name].to_numpy() for name in ("n_fired", "density", "max_act"))
+    n_fired, density, mean_act = (table[name].to_numpy() for name in ("n_fired", "density", "mean_act"))
     is_odd = (n_fired < MIN_FIRED) | (density > MAX_DENSITY)
-    order = np.lexsort((-max_act, is_odd))
+    order = np.lexsort((-mean_act, is_odd))
     return [int(i) for i in order[n_fired[order] > 0][:count]]
 
 

@@ -55,6 +55,6 @@ def _clause(verb: str, tokens: Sequence[str]) -> str:
 
 
 def _quoted(token: str) -> str:
-    """The token between quotes, on one line, cut to half a label."""
-    text = token if len(token) <= WIDTH // 2 else token[: WIDTH // 2 - 1] + "…"
-    return f'"{repr(text)[1:-1]}"'  # repr, because it makes visible what cannot be printed
+    """The token between quotes, cut to half a label; `repr` makes visible what cannot be printed."""
+    text = repr(token)[1:-1]
+    return f'"{text}"' if len(text) <= WIDTH // 2 else f'"{text[: WIDTH // 2 - 1]}…"'

@@ -35,7 +35,7 @@ def local_server(model: Path) -> Iterator[str]:
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-            env=os.environ | {"OMP_WAIT_POLICY": "passive"},  # threads that spin while they wait stall on a busy machine
+            env=os.environ | {"OMP_WAIT_POLICY": "passive"},  # threads that spin as they wait stall on a busy machine
             start_new_session=True,  # a Ctrl-C in the terminal is for us, who then stop the server
         )  # fmt: skip
         with process:

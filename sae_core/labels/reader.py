@@ -18,7 +18,7 @@ Status = Literal["written", "failed", "lexical", "dead"]
 SCHEMA = pa.schema(
     [
         ("feature", pa.int32()), ("label", pa.string()), ("description", pa.string()), ("kind", pa.string()),
-        ("confidence", pa.float32()), ("status", pa.string()), ("lexical", pa.string()), ("model", pa.string()),
+        ("confidence", pa.float64()), ("status", pa.string()), ("lexical", pa.string()), ("model", pa.string()),
         ("prompt_version", pa.string()), ("prompt_tokens", pa.int32()), ("completion_tokens", pa.int32()),
         ("examples", pa.list_(pa.int32())), ("error", pa.string()),
     ]

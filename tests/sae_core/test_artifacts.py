@@ -116,6 +116,7 @@ def test_scratch_and_temporary_files_are_gone_when_the_artifact_is_complete(stor
         (draft.folder / SCRATCH).mkdir()
         (draft.folder / SCRATCH / "checkpoint").write_text("x")
         (draft.folder / "shard.tmp").write_text("x")
+        (draft.folder / ".tmpAbC").write_text("x")
         return write_text(draft)
 
     assert sorted(store.make(TEXT, build).manifest.files) == ["text.txt"]

@@ -202,6 +202,6 @@ def test_learning_rate_rises_holds_and_falls() -> None:
 
 
 def test_default_learning_rate_falls_with_the_root_of_the_width() -> None:
-    assert learning_rate(small(d_sae=2**14), 500, 1000) == pytest.approx(2e-4)
-    assert learning_rate(small(d_sae=2**12), 500, 1000) == pytest.approx(4e-4)
-    assert math.isclose(learning_rate(small(d_sae=2**12, lr_warmup=0.0, lr_decay=0.0), 0, 1), 4e-4)
+    assert learning_rate(small(d_sae=2**14), 500, 1000) == pytest.approx(1e-3)
+    assert learning_rate(small(d_sae=2**12), 500, 1000) == pytest.approx(2e-3)
+    assert math.isclose(learning_rate(small(d_sae=2**12, lr_warmup=0.0, lr_decay=0.0), 0, 1), 2e-3)

@@ -129,8 +129,8 @@ def make_features(tmp_path: Path) -> Callable[..., Path]:
 
 def _feature(i: int, dead: bool) -> dict[str, Any]:
     return {
-        "feature": i, "n_fired": 0 if dead else 100 + i, "density": 0.0 if dead else 0.001 * (i + 1),
-        "max_act": 0.0 if dead else 10.0 - i, "mean_act": 0.0 if dead else 2.0, "is_dead": dead,
+        "feature": i, "n_fired": 0 if dead else 100 + i, "density": 0.0 if dead else 0.0001 * (i + 1),
+        "max_act": 0.0 if dead else 10.0 - i, "mean_act": 0.0 if dead else 5.0 - i / 10, "is_dead": dead,
         "promoted": [" orbit", " Orbit", "moon"], "promoted_logits": [3.0, 2.0, 1.0], "suppressed": [" the"],
         "suppressed_logits": [-1.0], "histogram": [5] * 20,
         "top_tokens": [] if dead else [" planet", "Planet", " Mars"],

@@ -43,4 +43,4 @@ def test_a_label_is_one_short_line(fires, promoted):
     feature = replace(FEATURE, top_tokens=fires, top_token_shares=[0.1] * len(fires), promoted=promoted)
     label = lexical_label(feature)
     assert len(label.splitlines()) <= 1
-    assert len(label) <= 3 * WIDTH
+    assert len(label) <= WIDTH + 30

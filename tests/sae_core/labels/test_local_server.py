@@ -59,7 +59,7 @@ def test_labels_are_written_by_a_real_local_model(make_features, tmp_path: Path)
 
 @needs_model
 def test_the_server_ends_with_the_block():
-    with pytest.raises(KeyboardInterrupt), local_server(MODEL) as url:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), local_server(MODEL) as url:
         assert is_open(url)
         raise KeyboardInterrupt
     assert closes(url)
