@@ -63,6 +63,7 @@ def cli(context: click.Context, debug: bool) -> None:
     Start with `mind-atlas run`; then `mind-atlas features "some words"`.
     """
     context.obj = debug
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall on a busy machine
     if not debug:
         warnings.filterwarnings("ignore")
         logging.disable(logging.WARNING)

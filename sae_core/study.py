@@ -98,8 +98,12 @@ class ActivationSettings(Settings):
     """Layer that is read, counted from 0; the middle of the model is the paper's choice."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """Arithmetic of the model's forward pass, and the type the activations are kept in."""
-    sink_norm: float = Field(10.0, gt=1)
-    """Tokens whose norm is above this many medians are attention sinks, left out of training and statistics."""
+    sink_norm: float = Field(4.0, gt=1)
+    """Tokens whose norm is above this many medians are attention sinks, left out of training and statistics.
+
+    At layer 15 of SmolLM2-135M, of 196,608 tokens 1% are above 10 medians, four lie between 5 and 10, and none
+    between 2.1 and 5: any bound in that gap tells sinks from text.
+    """
     shard_tokens: int = Field(65_536, ge=256)
     """Tokens a shard file; the shuffle mixes tokens within a shard and blocks over all shards."""
     seed: int = 0

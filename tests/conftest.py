@@ -13,6 +13,7 @@ HOME = Path(tempfile.mkdtemp(prefix="mind-atlas-tests-"))
 atexit.register(shutil.rmtree, HOME, ignore_errors=True)
 os.environ["MIND_ATLAS_HOME"] = str(HOME)
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for a hub
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that spin as they wait stall one another on a busy machine
 
 import pytest
 import torch
