@@ -4,7 +4,7 @@ VENV   ?= .venv
 RUN    := $(VENV)/bin
 TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: atlas test test-slow test-gpu test-peers lint setup clean
+.PHONY: atlas test setup clean
 
 atlas: setup ## set up, then run the quickstart study end to end
 	$(RUN)/mind-atlas run quickstart
@@ -13,18 +13,7 @@ test: setup ## set up, then lint, check types and run the tests
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
-	$(RUN)/pytest -m "not slow and not gpu and not peers"
-	@echo "Not run here: slow, gpu and peers tests (make test-slow, make test-gpu, make test-peers)."
-
-test-slow: setup
-	$(RUN)/pytest -m slow
-
-test-gpu: setup
-	$(RUN)/pytest -m gpu
-
-test-peers: setup
-	$(RUN)/pip install -q -c constraints.txt -e '.[peers]'
-	$(RUN)/pytest -m peers
+	$(RUN)/pytest
 
 setup: $(VENV)/ready
 

@@ -18,7 +18,6 @@ ActivationsRun = launchpad(ActivationSettings, "hook", "layer")
     group_name="activations",
     kinds={"pytorch", "safetensors"},
     code_version=str(VERSIONS["activations"]),
-    pool="machine",
     check_specs=specs("activations"),
 )
 def activations(context: dg.AssetExecutionContext, config: ActivationsRun, workshop: Workshop) -> dg.MaterializeResult:

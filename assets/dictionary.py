@@ -23,7 +23,6 @@ DictionaryRun = launchpad(DictionarySettings, "architecture", "d_sae", "k", "var
     group_name="dictionary",
     kinds={"pytorch", "safetensors"},
     code_version=str(VERSIONS["dictionary"]),
-    pool="machine",
     check_specs=specs("dictionary"),
 )
 def dictionary(context: dg.AssetExecutionContext, config: DictionaryRun, workshop: Workshop) -> dg.MaterializeResult:

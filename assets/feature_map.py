@@ -19,7 +19,6 @@ FeatureMapRun = launchpad(FeatureMapSettings)
     group_name="atlas",
     kinds={"parquet"},
     code_version=str(VERSIONS["feature_map"]),
-    pool="machine",
     check_specs=specs("feature_map"),
 )
 def feature_map(context: dg.AssetExecutionContext, config: FeatureMapRun, workshop: Workshop) -> dg.MaterializeResult:

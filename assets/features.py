@@ -28,7 +28,6 @@ FeaturesRun = launchpad(FeatureSettings)
     group_name="features",
     kinds={"parquet"},
     code_version=str(VERSIONS["features"]),
-    pool="machine",
     check_specs=specs("features"),
 )
 def features(context: dg.AssetExecutionContext, config: FeaturesRun, workshop: Workshop) -> dg.MaterializeResult:

@@ -21,8 +21,6 @@ LabelsRun = launchpad(LabelSettings)
     group_name="labels",
     kinds={"openai", "parquet"},
     code_version=str(VERSIONS["labels"]),
-    pool="machine",
-    retry_policy=dg.RetryPolicy(max_retries=2, delay=10, backoff=dg.Backoff.EXPONENTIAL),
     check_specs=specs("labels"),
 )
 def labels(context: dg.AssetExecutionContext, config: LabelsRun, workshop: Workshop) -> dg.MaterializeResult:

@@ -5,10 +5,9 @@ The studies are read once, when Dagster loads this code location; after adding a
 
 import dagster as dg
 
-from sae_core.artifacts import PROJECT, home
-from sae_core.studies import Studies
+from sae_core.studies import Studies, study_folders
 
-STUDIES = Studies.load(PROJECT / "pipelines" / "studies", home() / "studies")
+STUDIES = Studies.load(*study_folders())
 
 corpora = dg.StaticPartitionsDefinition(sorted(STUDIES.corpora))
 sites = dg.StaticPartitionsDefinition(sorted(STUDIES.sites))

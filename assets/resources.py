@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import dagster as dg
+from filelock import FileLock
 from pydantic import Field, ValidationError, create_model
 
 from assets.checks import result
@@ -18,6 +19,8 @@ from sae_core.settings import Settings
 from sae_core.studies import Order
 from sae_core.study import explain
 
+Build = Callable[[Order, Draft, Report], dict[str, Any]]
+"""Calls the one function of `sae_core` that makes a draft, and returns its summary."""
 LOG_SECONDS = 20.0
 """Seconds between two progress lines in Dagster's log, where a line costs a database row."""
 
@@ -68,7 +71,7 @@ class Workshop(dg.ConfigurableResource):
         context: dg.AssetExecutionContext,
         section: str,
         config: dg.Config,
-        build: Callable[[Order, Draft, Report], dict[str, Any]],
+        build: Build,
         describe: Callable[[Made], dict[str, Any]] = lambda made: {},
     ) -> dg.MaterializeResult:
         """Make the running asset's partition by `build`, unless it is there, and say what there is now.
@@ -77,7 +80,7 @@ class Workshop(dg.ConfigurableResource):
             context: the running step; asset and partition name the artifact.
             section: the study's section that the asset's run config may change.
             config: the run config, as `launchpad` made it.
-            build: calls the one function of `sae_core`; returns the summary.
+            build: makes what is not there.
             describe: metadata beyond the summary's numbers: tables and pictures.
 
         Raises:
@@ -91,19 +94,27 @@ class Workshop(dg.ConfigurableResource):
         try:
             order = STUDIES.order(slug).override(section, changes)
             again = bool(config.model_dump()["again"])
-            made = self.store.make(order.recipe(stage, slug), lambda draft: build(order, draft, report), again=again)
+            recipe = order.recipe(stage, slug)
+            made = self.store.make(recipe, lambda draft: self._alone(build, order, draft, report), again=again)
         except ValidationError as error:
             raise dg.Failure(f"{section}: {explain(error)}", allow_retries=False) from error
         except MindAtlasError as error:
             raise dg.Failure(str(error), allow_retries=False) from error
-        if not made.cached:
-            write_views(self.store)
+        write_views(self.store)
         context.log.info(f"{stage} {slug}: {'cached' if made.cached else f'made in {made.manifest.seconds:.0f} s'}")
         return dg.MaterializeResult(
             metadata={**_metadata(made), **describe(made)},
             data_version=dg.DataVersion(made.manifest.fingerprint),
             check_results=[result(verdict) for verdict in verdicts(stage, made.manifest.summary, order)],
         )
+
+    def _alone(self, build: Build, order: Order, draft: Draft, report: Report) -> dict[str, Any]:
+        """Build while nothing else is built here: one heavy step at a time.
+
+        A lock of the system's, which dies with its owner; a slot of a Dagster pool outlives a killed process.
+        """
+        with FileLock(self.store.root / ".machine.lock"):
+            return build(order, draft, report)
 
 
 def _metadata(made: Made) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from sae_core.artifacts import PROJECT, ArtifactStore, home
 from sae_core.errors import MindAtlasError
 
 Command = Callable[..., Any]
+STOPPED = "stopped; what is finished stays, and the same command goes on from there"
 
 
 def main() -> None:
@@ -29,12 +30,14 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        _die("stopped; what is finished stays, and the same command goes on from there", 130)
-    except Exception as error:
-        if debug:
+        _die(STOPPED, 130)
+    except BaseException as error:
+        if debug or isinstance(error, SystemExit):
             raise
+        if type(error).__name__ == "DagsterExecutionInterruptedError":  # what Dagster makes of Ctrl-C in a step
+            _die(STOPPED, 130)
         message = _message(error)
-        _die(message or f"unexpected {type(error).__name__}: {error}; --debug shows where", 1 if message else 70)
+        _die(message or f"unexpected {type(error).__name__}: {error!s:.300}; --debug shows where", 1 if message else 70)
 
 
 def _message(error: BaseException | None) -> str:
@@ -63,6 +66,9 @@ def cli(context: click.Context, debug: bool) -> None:
     Start with `mind-atlas run`; then `mind-atlas features "some words"`.
     """
     context.obj = debug
+    for name in ("MIND_ATLAS_HOME", "MIND_ATLAS_CACHE", "DAGSTER_HOME"):  # `run` and `ui` change the folder
+        if os.environ.get(name):
+            os.environ[name] = str(Path(os.environ[name]).expanduser().absolute())
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall on a busy machine
     if not debug:
         warnings.filterwarnings("ignore")
@@ -209,7 +215,8 @@ def steer(
     atlas = _atlas(study, dictionary)
     site = DictionarySpec.parse(atlas.dictionary).site
     max_acts = torch.tensor(atlas.features.table()["max_act"].to_numpy())
-    edit = clamp_edit(Dictionary.load(atlas.store.get("dictionary", atlas.dictionary).folder), wanted, max_acts)
+    trained = Dictionary.load(atlas.store.get("dictionary", atlas.dictionary).folder)
+    edit = clamp_edit(trained, wanted, max_acts, atlas.sink_norm)
     lm = _model(atlas)
 
     def answer() -> str:
@@ -234,22 +241,28 @@ def ui(host: str, port: int) -> None:
 
 
 def _register(study: str) -> str:
-    """The study's name; a study file elsewhere is linked into the home folder, so that Dagster's UI knows it too."""
+    """The study's name; a study file elsewhere is linked into the home folder, so that Dagster's UI knows it too.
+
+    Raises:
+        StudyError: the file is no study, or does not go together with those that are known; it is not linked then.
+    """
     if not study.endswith(".toml"):
         return study
+    from sae_core.studies import Studies, study_folders
     from sae_core.study import Study
 
     path = Path(study).expanduser().resolve()
-    name = Study.load(path).name
-    link = home() / "studies" / f"{name}.toml"
-    if path.parent == PROJECT / "pipelines" / "studies" or link == path:
-        return name
-    link.parent.mkdir(parents=True, exist_ok=True)
-    if link.exists() and link.resolve() != path:
-        raise MindAtlasError(f"{link} is another study called {name}: rename yours, or remove that file")
-    link.unlink(missing_ok=True)
-    link.symlink_to(path)
-    return name
+    own = Study.load(path)
+    files = {file.stem: file.resolve() for folder in study_folders() for file in folder.glob("*.toml")}
+    if files.get(own.name, path) != path and files[own.name].is_file():
+        raise MindAtlasError(f"another study is called {own.name} ({files[own.name]}): rename {path.name}")
+    Studies([*(s for s in Studies.load(*study_folders()) if s.name != own.name), own])  # do they go together?
+    link = home() / "studies" / f"{own.name}.toml"
+    if files.get(own.name) != path:
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)  # it leads nowhere
+        link.symlink_to(path)
+    return own.name
 
 
 def _atlas(study: str, dictionary: str) -> Any:

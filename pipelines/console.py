@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -23,8 +24,8 @@ from rich.text import Text
 from assets.resources import watchers
 from sae_core.progress import Report
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
 if not out.is_terminal:
     out.width = err.width = 200  # a pipe or a file has no width; lines folded at 80 would be hard to search
 
@@ -34,7 +35,7 @@ _HEAT = ("", "on #3d2a1a", "on #6b3f1d", "on #a4551f", "bold black on #e8823a")
 
 def print_json(value: Any) -> None:
     """One JSON document on standard output, and nothing else."""
-    out.print(json.dumps(value, ensure_ascii=False, indent=1, default=_plain), markup=False)
+    click.echo(json.dumps(value, ensure_ascii=False, indent=1, default=_plain))
 
 
 def _plain(value: Any) -> Any:

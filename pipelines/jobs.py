@@ -6,6 +6,7 @@ from pydantic import Field
 from assets.partitions import STUDIES
 from assets.resources import Workshop
 from pipelines.run import bring_up_to_date
+from sae_core.errors import MindAtlasError
 
 
 class StudyRun(dg.Config):
@@ -24,9 +25,15 @@ def study_up_to_date(context: dg.OpExecutionContext, config: StudyRun, workshop:
 def built_studies_up_to_date(context: dg.OpExecutionContext, workshop: Workshop) -> None:
     """A study counts as built when one of its dictionaries was made."""
     made = set(workshop.store.slugs("dictionary"))
+    failed = {}
     for study in STUDIES:
         if made & {study.spec(d).slug for d in study.dictionaries}:
-            _follow(context, study.name, workshop)
+            try:
+                _follow(context, study.name, workshop)
+            except (MindAtlasError, dg.Failure) as error:  # one study's missing folder must not stop the others
+                failed[study.name] = str(error)
+    if failed:
+        raise dg.Failure("; ".join(f"{name}: {error}" for name, error in failed.items()), allow_retries=False)
 
 
 @dg.job(description="From text to a labeled atlas: everything of one study that is missing or stale.")

@@ -28,7 +28,8 @@ def corpus_files(context: dg.SensorEvaluationContext, workshop: Workshop) -> Ite
             broken.append(f"{name}: {error}")
             continue
         if workshop.store.status(recipe).state == "stale":
-            stale[name] = recipe.fingerprint
+            made = workshop.store.get("corpus", name).manifest.fingerprint
+            stale[name] = [made, recipe.fingerprint]  # going back to an earlier text is a change, too
     if stale:
         yield dg.RunRequest(run_key=fingerprint(stale), tags={"mind_atlas/changed": ", ".join(sorted(stale))})
     else:

@@ -27,7 +27,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from sae_core.errors import MindAtlasError
 from sae_core.settings import fingerprint
@@ -98,6 +98,10 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     commit: str = ""
     schema: int = SCHEMA
+
+    @property
+    def key(self) -> str:
+        return f"{self.stage}/{self.slug}"
 
 
 class Made(NamedTuple):
@@ -180,10 +184,10 @@ class ArtifactStore:
         Raises:
             ArtifactError: a parent is missing, the disk is full, or the result cannot be written.
         """
-        parents = {parent.stage: self.get(parent.stage, parent.slug) for parent in recipe.parents}
-        actual = {f"{made.manifest.stage}/{made.manifest.slug}": made.manifest.fingerprint for made in parents.values()}
-        wanted = recipe.fingerprint_from(actual)
         with self._lock(recipe):
+            parents = {parent.stage: self.get(parent.stage, parent.slug) for parent in recipe.parents}
+            actual = {made.manifest.key: made.manifest.fingerprint for made in parents.values()}
+            wanted = recipe.fingerprint_from(actual)
             found = self.manifest(recipe.stage, recipe.slug)
             if found and found.fingerprint == wanted and not again:
                 return self.get(recipe.stage, recipe.slug)
@@ -201,14 +205,14 @@ class ArtifactStore:
 
     def _commit(self, manifest: Manifest, folder: Path) -> Made:
         """Checksum, switch the manifest over, and drop what it replaced."""
-        shutil.rmtree(folder / SCRATCH, ignore_errors=True)
-        for leftover in (*folder.rglob("*.tmp"), *folder.rglob(".*")):  # a killed run's, ours and safetensors'
+        for leftover in {*folder.rglob("*.tmp"), *folder.rglob(".*")}:  # a killed run's: ours, and safetensors'
             leftover.unlink()
-        files = {str(p.relative_to(folder)): _describe(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+        kept = (path for path in sorted(folder.rglob("*")) if path.is_file() and folder / SCRATCH not in path.parents)
+        files = {str(path.relative_to(folder)): _describe(path) for path in kept}
         manifest = replace(manifest, files=files)
         with write_atomically(folder.parent / MANIFEST) as path:
             path.write_text(json.dumps(asdict(manifest), indent=1), "utf-8")
-        for other in folder.parent.iterdir():
+        for other in (*folder.parent.iterdir(), folder / SCRATCH):
             if other.is_dir() and other != folder:
                 shutil.rmtree(other, ignore_errors=True)
         return Made(manifest, folder, cached=False)
@@ -226,15 +230,8 @@ class ArtifactStore:
             home.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ArtifactError(f"cannot write to {home}: {error.strerror}; set MIND_ATLAS_HOME elsewhere") from None
-        lock = FileLock(home / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            lock.acquire()  # another run is making it: wait, then use what it made
-        try:
+        with FileLock(home / ".lock"):  # when another run is making it: wait, then use what it made
             yield
-        finally:
-            lock.release()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import duckdb
+from filelock import FileLock
 
 from sae_core.artifacts import ArtifactStore, write_atomically
 from sae_core.errors import MindAtlasError
@@ -193,8 +194,14 @@ class Atlas:
 
         return [
             ExplainedToken(token, [Fired(i, value, self.name(i)) for i, value in fired])
-            for token, fired in features_on_text(self.store, self.dictionary, lm, text, per_token)
+            for token, fired in features_on_text(self.store, self.dictionary, lm, text, per_token, self.sink_norm)
         ]
+
+    @cached_property
+    def sink_norm(self) -> float:
+        """Norm above which a token counted as an attention sink in the harvest."""
+        harvest = self.store.get("activations", DictionarySpec.parse(self.dictionary).site.slug).manifest
+        return float(harvest.summary["median_norm"] * harvest.settings["sink_norm"])
 
     @cached_property
     def _names(self) -> dict[int, str]:
@@ -236,7 +243,7 @@ def write_views(store: ArtifactStore) -> Path:
     """
     target = store.root / "atlas.duckdb"
     target.parent.mkdir(parents=True, exist_ok=True)
-    with write_atomically(target) as path:
+    with FileLock(store.root / ".views.lock"), write_atomically(target) as path:
         path.unlink(missing_ok=True)  # left by a killed run
         with duckdb.connect(str(path)) as database:
             _create_views(database, store, store.slugs("dictionary"))

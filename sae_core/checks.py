@@ -67,7 +67,7 @@ CHECKS: dict[str, list[Check]] = {
     "corpus": [
         Check(
             "enough_text", "The sources filled the token budget (share of it).",
-            lambda s: 1 - s["short_by"] / (s["short_by"] + s["tokens"]), lambda wanted, order: Bounds(low=0.9), warns=True,
+            lambda s: s["tokens"] / (s["tokens"] + s["short_by"]), lambda wanted, order: Bounds(low=0.9), warns=True,
         ),
     ],
     "activations": [
@@ -105,7 +105,7 @@ CHECKS: dict[str, list[Check]] = {
         ),
     ],
     "feature_map": [
-        Check("finite", "Every place on the map is finite (share).", _share_finite, lambda w, o: Bounds(low=1)),
+        Check("placed", "Share of features with a place on the map.", _number("placed"), lambda w, o: Bounds(low=1)),
     ],
     "labels": [
         Check(

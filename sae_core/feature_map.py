@@ -60,7 +60,12 @@ def build_feature_map(
     with write_atomically(folder / MAP) as path:
         pq.write_table(pa.table(columns), path)
     report(n, n, "features")
-    return {"n_features": n, "n_clusters": int(clusters.max() + 1), "clustered": float((clusters >= 0).mean())}
+    return {
+        "n_features": n,
+        "n_clusters": int(clusters.max() + 1),
+        "clustered": float((clusters >= 0).mean()),
+        "placed": float(np.isfinite(layout).all(axis=1).mean()),
+    }
 
 
 def _neighborhoods(rows: Rows, n_neighbors: int) -> Neighborhoods:

@@ -38,7 +38,7 @@ def build_neighbors(
     The table has feature, rank (from 1), neighbor and cosine; a feature is no neighbor of its own.
 
     Returns:
-        The kind of index and its recall@10 on a seeded sample (None for fewer than two features).
+        The kind of index and its recall@10 on a seeded sample (1 for fewer than two features: none is missed).
     """
     rows = unit_rows(Dictionary.load(dictionary))
     index = build_index(rows, settings)
@@ -102,13 +102,13 @@ def _without_self(cosines: np.ndarray, neighbors: np.ndarray, features: np.ndarr
     return cosines[~own].reshape(shape), neighbors[~own].reshape(shape)
 
 
-def recall(index: faiss.Index, rows: Rows) -> float | None:
+def recall(index: faiss.Index, rows: Rows) -> float:
     """Share of the true ten nearest that the index finds, over a seeded sample of features.
 
     A neighbor counts as true when its cosine reaches that of the tenth nearest, so equal rows do not count as misses.
     """
     if len(rows) < 2:
-        return None
+        return 1.0
     sample = np.sort(np.random.default_rng(0).permutation(len(rows))[:_SAMPLE])
     count = min(_RECALL_AT, len(rows) - 1)
     _, neighbors = nearest(index, rows, sample, count)

@@ -38,6 +38,12 @@ def load_tokenizer(settings: ModelSettings, report: Report = silent) -> Any:
     return _load(AutoTokenizer, settings, report)
 
 
+def expected_bos(tokenizer: Any) -> int | None:
+    """The token with which the model expects every sequence to begin; None when it expects none."""
+    starts = tokenizer("").input_ids[:1]
+    return tokenizer.bos_token_id if starts and starts[0] == tokenizer.bos_token_id else None
+
+
 def load_weights(settings: ModelSettings, dtype: torch.dtype, report: Report = silent) -> Any:
     """The causal language model with weights of the given type; raises as `load_tokenizer`."""
     return _load(AutoModelForCausalLM, settings, report, dtype=dtype)

@@ -13,7 +13,7 @@ from typing import Any
 from sae_core.artifacts import Recipe
 from sae_core.catalog import identify_model, identify_text
 from sae_core.settings import Settings
-from sae_core.study import CorpusSettings, DictionarySettings, Study
+from sae_core.study import CorpusSettings, DictionarySettings, LabelSettings, ModelSettings, Study
 
 VERSIONS = {
     "corpus": 1, "activations": 1, "dictionary": 1, "features": 1, "neighbors": 1, "feature_map": 1, "labels": 1,
@@ -45,7 +45,7 @@ def _dictionary_recipes(
     yield features
     yield _recipe("neighbors", slug, _settings(study.neighbors), trained)
     yield _recipe("feature_map", slug, _settings(study.feature_map), trained)
-    yield _recipe("labels", slug, _settings(study.labels), features)
+    yield _recipe("labels", slug, _label_settings(study.labels), features)
 
 
 def _recipe(stage: str, slug: str, settings: dict[str, Any], *parents: Recipe) -> Recipe:
@@ -54,6 +54,13 @@ def _recipe(stage: str, slug: str, settings: dict[str, Any], *parents: Recipe) -
 
 def _settings(settings: Settings) -> dict[str, Any]:
     return settings.model_dump(mode="json")
+
+
+def _label_settings(labels: LabelSettings) -> dict[str, Any]:
+    """The labels' settings, with the content of a local model in place of where it lies."""
+    if labels.base_url or not labels.features:
+        return _settings(labels)
+    return _settings(labels) | {"model": identify_model(ModelSettings(source=labels.model))}
 
 
 def _corpus_settings(corpus: CorpusSettings) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class Clamp(NamedTuple):
 
 
 def clamp_edit(
-    dictionary: Dictionary, clamps: Sequence[Clamp], max_acts: Float[Tensor, " d_sae"]
+    dictionary: Dictionary, clamps: Sequence[Clamp], max_acts: Float[Tensor, " d_sae"], sink_norm: float = math.inf
 ) -> Callable[[Float[Tensor, "batch length d_model"]], Float[Tensor, "batch length d_model"]]:
     """An edit of the dictionary's site, for `LanguageModel.edit`, that clamps features at every position.
 
@@ -33,7 +33,8 @@ def clamp_edit(
     This is the reconstruction with the features clamped, plus the reconstruction error of x, which stays as it is
     (Templeton et al. 2024, "Methodological details" of steering). All f_i are those of the unchanged x. Computed in
     float32 and returned in the type of x; where f_i = c_i already, x comes back bit for bit. `dictionary`
-    and `max_acts` lie on the model's device.
+    and `max_acts` lie on the model's device. Rows whose norm exceeds `sink_norm` stay as they are: an attention sink,
+    which no dictionary is trained on, would read as an absurd f_i, and undoing that ruins all that follows it.
 
     Raises:
         SteeringError: a feature does not exist, never fires, or is named twice; or a strength is not finite.
@@ -48,6 +49,7 @@ def clamp_edit(
     def edit(x: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "batch length d_model"]:
         rows = x.reshape(-1, x.shape[-1]).float()
         change = (target - part.encode(rows)) @ part.W_dec
+        change[rows.norm(dim=1) > sink_norm] = 0
         return (rows + change).to(x.dtype).view_as(x)
 
     return edit

@@ -4,10 +4,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from sae_core.artifacts import Recipe
+from sae_core.artifacts import PROJECT, Recipe, home
 from sae_core.settings import Settings
 from sae_core.stages import recipes
 from sae_core.study import DictionarySettings, Study, StudyError
+
+
+def study_folders() -> tuple[Path, Path]:
+    """Where study files lie: the shipped ones, and the user's (or links to them)."""
+    return PROJECT / "pipelines" / "studies", home() / "studies"
 
 
 class Order(NamedTuple):

@@ -66,7 +66,7 @@ class Source(Settings):
 class CorpusSettings(Settings):
     """Text, de-duplicated, tokenized with the model's tokenizer and packed into blocks."""
 
-    name: str
+    name: str = Field(pattern=r"^[a-z0-9_-]+$")
     """Name of the corpus; studies that give the same name must give the same settings. Default: the study's name."""
     sources: list[Source] = Field(min_length=1)
     """Where the text comes from; a plain string is short for `{source = ...}`."""
@@ -74,7 +74,7 @@ class CorpusSettings(Settings):
     """Token budget over all sources; a corpus that runs short ends earlier and says so."""
     block_tokens: int = Field(256, ge=8)
     """Tokens a block: the longest context that the model sees while activations are made."""
-    held_out: Share = 0.05
+    held_out: float = Field(0.05, gt=0, lt=1)
     """Share of the documents kept from training, for every reported number."""
     min_characters: int = Field(40, ge=1)
     """Shorter documents are dropped."""
@@ -321,7 +321,7 @@ class Study(Settings):
     def from_table(cls, table: dict[str, Any], *, name: str, file: str = "study", folder: Path = Path()) -> "Study":
         """As `load`, from a parsed table; `name` is the study's name, which is also its corpus's when none is given."""
         try:
-            table = _resolve_paths({**table, "name": _slug(name)}, folder)
+            table = _resolve_paths({**table, "name": _slug(name).replace(".", "-")}, folder)
             table["corpus"] = {"name": table["name"], **table.get("corpus", {})}
             table["dictionaries"] = _sweep(table.pop("dictionary", {}))
             study = cls.model_validate(table)
@@ -352,11 +352,13 @@ def _resolve_paths(table: dict[str, Any], folder: Path) -> dict[str, Any]:
     def with_source(entry: Any) -> Any:
         return {**entry, "source": resolve(entry.get("source"))} if isinstance(entry, dict) else resolve(entry)
 
-    for key in ("model", "corpus"):
+    for key in ("model", "corpus", "labels"):
         if not isinstance(table.get(key, {}), dict):
             raise ValueError(f"{key}: must be a table, [{key}]")
     if "model" in table:
         table["model"] = with_source(table["model"])
+    if "labels" in table:
+        table["labels"] = {key: resolve(v) if key == "model" else v for key, v in table["labels"].items()}
     if isinstance(sources := table.get("corpus", {}).get("sources"), list):
         table["corpus"] = {**table["corpus"], "sources": [with_source(s) for s in sources]}
     return table

@@ -19,6 +19,7 @@ from sae_core.corpus.documents import CorpusError, Document, Skipped, read_docum
 from sae_core.corpus.packing import Packer
 from sae_core.corpus.reader import ROW_GROUP, SCHEMA
 from sae_core.language_model import load_tokenizer
+from sae_core.pretrained import expected_bos
 from sae_core.progress import Report, silent
 from sae_core.study import CorpusSettings, ModelSettings, Source
 
@@ -98,8 +99,7 @@ class _Builder:
         if not tokenizer.is_fast:
             raise CorpusError("the model has no fast tokenizer (tokenizer.json): choose a model that has one")
         self.settings, self.tokenizer, self.folder, self.report = settings, tokenizer, folder, report
-        starts = tokenizer("").input_ids[:1]
-        self.bos = tokenizer.bos_token_id if starts and starts[0] == tokenizer.bos_token_id else None
+        self.bos = expected_bos(tokenizer)
         self.packers = {split: Packer(settings.block_tokens, self.bos) for split in ("train", "held_out")}
         self.documents = dict.fromkeys(self.packers, 0)
         self.tokens = dict.fromkeys(self.packers, 0)

@@ -164,7 +164,7 @@ def _read_hub(source: Source) -> Iterator[tuple[str, str]]:
     try:
         import datasets  # an extra; and slow to import
     except ImportError:
-        raise CorpusError(f"{source.source} needs the `datasets` library: pip install 'mind-atlas[datasets]'") from None
+        raise CorpusError(f"{source.source} needs the extra `datasets`: pip install -e '.[datasets]'") from None
     try:
         rows = datasets.load_dataset(
             source.source.removeprefix("hf:"),

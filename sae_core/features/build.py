@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sae_core.activations import Activations
-from sae_core.artifacts import SCRATCH, write_atomically
+from sae_core.artifacts import SCRATCH, require_space, write_atomically
 from sae_core.corpus import Blocks, Corpus
 from sae_core.dictionary import Dictionary
 from sae_core.features.examples import Candidates, Pool, acts_in_windows, bins, text_in_windows
@@ -47,6 +47,10 @@ _EXAMPLES = pa.schema(
 )  # fmt: skip
 
 
+BYTES_A_FIRING, BYTES_A_TOKEN = 8, 40
+"""Scratch: row and value of a firing; token, place and its two windows of a token."""
+
+
 def build_features(
     settings: FeatureSettings, model: ModelSettings, corpus: Path, activations: Path, dictionary: Path, folder: Path,
     device: str = "cpu", report: Report = silent,
@@ -74,6 +78,8 @@ def build_features(
         raise FeatureError(f"{activations} holds no activations to look at: give the corpus more text")
     scratch = folder / SCRATCH
     scratch.mkdir(exist_ok=True)
+    active = int(sources.dictionary.config.get("k", 1))
+    require_space(folder, sources.activations.n_tokens * (BYTES_A_FIRING * active + BYTES_A_TOKEN))
     store = FiringStore(scratch, sum(1 for _ in sources.activations.shards()))
     store.fill(sources.activations, sources.corpus, sources.dictionary, settings.context_tokens, report)
     n_fired = _write(settings, sources, store, folder, report)

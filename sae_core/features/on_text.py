@@ -2,18 +2,18 @@
 
 import torch
 
-from sae_core.activations import Activations
 from sae_core.artifacts import ArtifactStore
 from sae_core.dictionary import Dictionary
 from sae_core.features.reader import FeatureError
 from sae_core.language_model import LanguageModel
+from sae_core.pretrained import expected_bos
 from sae_core.study import DictionarySpec
 
 TokenFeatures = tuple[str, list[tuple[int, float]]]
 
 
 def features_on_text(
-    store: ArtifactStore, dictionary: str, lm: LanguageModel, text: str, per_token: int
+    store: ArtifactStore, dictionary: str, lm: LanguageModel, text: str, per_token: int, sink_norm: float
 ) -> list[TokenFeatures]:
     """For each token, its display string and the strongest features as (feature, value), strongest first.
 
@@ -26,19 +26,19 @@ def features_on_text(
     """
     site = DictionarySpec.parse(dictionary).site
     trained = Dictionary.load(store.get("dictionary", dictionary).folder)
-    harvest = store.get("activations", site.slug)
-    _, mean_square_norm = Activations.open(harvest.folder).statistics()
-    sink = float(mean_square_norm) ** 0.5 * harvest.manifest.settings["sink_norm"]
     block_tokens = store.get("corpus", site.corpus).manifest.settings["block_tokens"]
     readable = text.encode("utf-8", "replace").decode()  # lone surrogates are no text
     ids = lm.tokenizer(readable, add_special_tokens=False).input_ids
     if not ids:
         raise FeatureError(f"{text!r} holds no token: give some text")
     found: list[TokenFeatures] = []
-    for block in torch.tensor(ids).split(block_tokens):
-        acts = lm.capture(site.hook, site.layer, block[None])[0].float().cpu()
+    bos = expected_bos(lm.tokenizer)
+    start = torch.tensor([] if bos is None else [bos], dtype=torch.long)
+    for block in torch.tensor(ids).split(block_tokens - len(start)):
+        context = torch.cat([start, block])
+        acts = lm.capture(site.hook, site.layer, context[None])[0, len(start) :].float().cpu()
         values, features = trained.encode(acts).topk(min(per_token, trained.d_sae))
-        values[acts.norm(dim=1) > sink] = 0
+        values[acts.norm(dim=1) > sink_norm] = 0
         for token, row, which in zip(lm.token_strings(block.tolist()), values.tolist(), features.tolist(), strict=True):
             found.append((token, [(i, value) for i, value in zip(which, row, strict=True) if value > 0]))
     return found

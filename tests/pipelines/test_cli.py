@@ -2,18 +2,30 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from sae_core.artifacts import PROJECT
+
 MIND_ATLAS = Path(sys.executable).with_name("mind-atlas")
 
 
-def run(*arguments: str, home: Path, cwd: Path | None = None, check: bool = False) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"MIND_ATLAS_HOME": str(home), "DAGSTER_HOME": str(home / "dagster")}
+def surroundings(home: Path) -> dict[str, str]:
+    """Environment of a command: a home of its own, and Dagster set up as the project sets it up."""
     (home / "dagster").mkdir(parents=True, exist_ok=True)
+    shutil.copy(PROJECT / "dagster.yaml", home / "dagster")
+    return os.environ | {"MIND_ATLAS_HOME": str(home), "DAGSTER_HOME": str(home / "dagster")}
+
+
+def run(*arguments: str, home: Path, cwd: Path | None = None, check: bool = False) -> subprocess.CompletedProcess[str]:
+    environment = surroundings(home)
+    cwd = cwd or home  # where .dagster goes
     command = [str(MIND_ATLAS), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=300, check=False)
     if check:
@@ -71,9 +83,10 @@ def test_features_are_found_shown_and_explained(home: Path):
 
 def test_steering_changes_the_answer_and_the_same_seed_repeats_it(home: Path):
     hits = json.loads(run("features", "the", "--json", home=home, check=True).stdout)
-    command = ("steer", "--feature", f"{hits[0]['feature']}=10", "--max-tokens", "8", "--json", "Hello")
+    command = ("steer", "--feature", f"{hits[0]['feature']}=10", "--max-tokens", "90", "--json", "Hello :smile: " * 20)
     answers = json.loads(run(*command, home=home, check=True).stdout)
     assert answers["default"] != answers["steered"]
+    assert answers["prompt"] == "Hello :smile: " * 20  # neither folded nor drawn
     assert json.loads(run(*command, home=home, check=True).stdout) == answers
 
 
@@ -95,6 +108,62 @@ def test_bad_input_is_one_line_and_a_status(home: Path, arguments: tuple[str, ..
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("k = 4", "kay = 4", "dictionary.kay: unknown key; known here:"),
+        ("layer = 2", "layer = 9", "activations.layer = 9: the model has layers 0 to 3"),
+        ("../models/tiny-llama", "../models/nowhere", "nowhere"),
+        ('"../text"', '"../empty"', "empty"),
+        ('"../text"', '"wiki-enn"', "wiki-en"),
+        ("held_out = 0.2", "held_out = 0", "corpus.held_out = 0: Input should be greater than 0"),
+    ],
+)
+def test_a_bad_study_is_refused_in_one_line(tiny_study: Path, tmp_path: Path, old: str, new: str, message: str):
+    (tiny_study.parent.parent / "empty").mkdir(exist_ok=True)
+    text = tiny_study.read_text("utf-8")
+    assert old in text
+    bad = tiny_study.parent.parent / "bad" / "bad.toml"
+    bad.parent.mkdir(exist_ok=True)
+    bad.write_text(text.replace(old, new), "utf-8")
+    done = run("run", str(bad), home=tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_study_that_clashes_with_another_is_not_taken_in(home: Path, tmp_path: Path):
+    twin = tmp_path / "quickstart.toml"
+    shutil.copy(PROJECT / "pipelines" / "studies" / "quickstart.toml", twin)
+    assert "another study is called quickstart" in run("status", str(twin), home=home).stderr
+    assert not (home / "studies" / "quickstart.toml").exists()
+    run("status", "tiny", home=home, check=True)  # the others still work
+
+
+def test_ctrl_c_stops_in_one_line_and_the_next_run_goes_on(tiny_study: Path, tmp_path: Path):
+    environment = surroundings(tmp_path)
+    command = [str(MIND_ATLAS), "run", str(tiny_study)]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    while not list(tmp_path.glob("activations/*/*")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1].startswith("mind-atlas: stopped; what is finished stays")
+    assert "Traceback" not in errors
+    done = run("run", str(tiny_study), home=tmp_path, check=True)
+    assert "corpus       tiny: cached" in done.stderr
+
+
+def test_a_relative_home_means_one_folder(tiny_study: Path, tmp_path: Path):
+    environment = os.environ | {"MIND_ATLAS_HOME": "here"}
+    command = [str(MIND_ATLAS), "status", str(tiny_study), "--json"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert {row["state"] for row in json.loads(done.stdout)} == {"missing"}
+    assert (tmp_path / "here" / "studies" / "tiny.toml").is_symlink()
 
 
 def test_without_an_atlas_one_is_told_how_to_make_it(tmp_path: Path):

@@ -10,6 +10,7 @@ from pipelines.definitions import build_defs, defs
 from pipelines.run import bring_up_to_date, plan
 from sae_core.artifacts import ArtifactStore
 from sae_core.stages import VERSIONS
+from sae_core.studies import Studies
 
 
 def test_definitions_load_and_every_stage_is_an_asset():
@@ -98,6 +99,19 @@ def test_one_changed_setting_remakes_what_follows_and_nothing_else(workshop: Wor
         assert {stage for stage, status in states.items() if status.state == "stale"} == {"features", "labels"}
         assert states["features"].why == "top_examples: made with 12, now 3"
         assert states["labels"].why == "features changes"
+
+
+def test_a_changed_study_file_is_followed_stage_by_stage(workshop: Workshop, monkeypatch: pytest.MonkeyPatch):
+    study = STUDIES.get("tiny")
+    changed = study.model_copy(update={"neighbors": study.neighbors.model_copy(update={"count": 5})})
+    with dg.DagsterInstance.ephemeral() as instance:
+        list(bring_up_to_date(study, workshop, instance))
+        recipes = [step.recipe for step in plan(study, workshop.store)]
+        before = {r.key: workshop.store.get(r.stage, r.slug).manifest for r in recipes}
+        monkeypatch.setattr("assets.resources.STUDIES", Studies([changed]))
+        list(bring_up_to_date(changed, workshop, instance))
+    after = {key: workshop.store.get(m.stage, m.slug).manifest for key, m in before.items()}
+    assert [m.stage for key, m in after.items() if m != before[key]] == ["neighbors"]
 
 
 def test_the_corpus_sensor_asks_once_for_each_change_of_a_built_corpus(

@@ -63,7 +63,7 @@ def test_a_feature_is_never_its_own_neighbor_even_among_copies(tmp_path: Path) -
     assert summary["recall_at_10"] == 1
 
 
-@pytest.mark.parametrize(("d_sae", "n_rows", "recall_at_10"), [(1, 0, None), (2, 2, 1.0), (5, 20, 1.0)])
+@pytest.mark.parametrize(("d_sae", "n_rows", "recall_at_10"), [(1, 0, 1.0), (2, 2, 1.0), (5, 20, 1.0)])
 def test_a_tiny_dictionary_has_all_others_as_neighbors(
     tmp_path: Path, d_sae: int, n_rows: int, recall_at_10: float | None
 ) -> None:

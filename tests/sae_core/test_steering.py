@@ -75,6 +75,14 @@ def test_nothing_to_change_leaves_the_logits_bit_equal(
             assert torch.equal(lm.logits(ids), plain)
 
 
+def test_attention_sinks_stay_as_they_are(dictionary: Dictionary, max_acts: Tensor) -> None:
+    x = torch.randn(1, 3, dictionary.d_model)
+    x[0, 1] *= 100
+    edited = clamp_edit(dictionary, [Clamp(3, 5.0)], max_acts, sink_norm=50.0)(x)
+    assert torch.equal(edited[0, 1], x[0, 1])
+    assert not torch.equal(edited[0, 0], x[0, 0])
+
+
 def test_steering_holds_through_generation(lm: LanguageModel, dictionary: Dictionary, max_acts: Tensor) -> None:
     with lm.edit("resid_post", 2, clamp_edit(dictionary, [Clamp(3, 50.0)], max_acts)):
         steered = "".join(lm.generate("The river", 10))
