@@ -103,7 +103,7 @@ class Workshop(dg.ConfigurableResource):
         write_views(self.store)
         context.log.info(f"{stage} {slug}: {'cached' if made.cached else f'made in {made.manifest.seconds:.0f} s'}")
         return dg.MaterializeResult(
-            metadata={**_metadata(made), **describe(made)},
+            metadata={**describe(made), **_metadata(made)},  # pictures and tables first
             data_version=dg.DataVersion(made.manifest.fingerprint),
             check_results=[result(verdict) for verdict in verdicts(stage, made.manifest.summary, order)],
         )
@@ -120,12 +120,17 @@ class Workshop(dg.ConfigurableResource):
 def _metadata(made: Made) -> dict[str, Any]:
     """The summary's numbers, where the artifact lies, and what it was made with."""
     return {
-        **{k: v for k, v in made.manifest.summary.items() if isinstance(v, bool | int | float | str)},
+        **{k: _rounded(v) for k, v in made.manifest.summary.items() if isinstance(v, bool | int | float | str)},
         "cached": made.cached,
         "seconds_to_make": made.manifest.seconds,
         "folder": dg.MetadataValue.path(str(made.folder)),
         "settings": dg.MetadataValue.json(made.manifest.settings),
     }
+
+
+def _rounded(value: bool | int | float | str) -> bool | int | float | str:
+    """Six digits are enough to look at; the manifest has them all."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _reporter(context: dg.AssetExecutionContext, stage: str) -> Report:

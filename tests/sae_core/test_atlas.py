@@ -80,7 +80,7 @@ def write_corpus(folder: Path) -> None:
     write(folder, "documents.parquet", {"document": [0, 1], "text": ["a 'quoted' text", "two"]})
 
 
-def write_activations(folder: Path) -> None:
+def write_activations(folder: Path) -> dict[str, float]:
     for split in ("train", "held_out"):
         save_file({
             "acts": torch.zeros(2, 32), "block": torch.zeros(2).int(), "token": torch.zeros(2).int(),
@@ -88,6 +88,7 @@ def write_activations(folder: Path) -> None:
             "kept_square_norm": torch.zeros(1).double(), "n_kept": torch.tensor([2]), "median_norm": torch.ones(1),
         }, folder / f"{split}-00000.safetensors")  # fmt: skip
     save_file({"mean": torch.zeros(32), "mean_square_norm": torch.full((1,), 1e6)}, folder / "statistics.safetensors")
+    return {"median_norm": 1000.0}
 
 
 STAGES = {
@@ -240,10 +241,8 @@ def test_explain_agrees_with_encoding_each_block_by_hand(store: ArtifactStore, a
 
 def test_attention_sinks_are_explained_by_no_feature(store: ArtifactStore, atlas: Atlas, tiny_model: Path) -> None:
     lm = LanguageModel.load(ModelSettings(source=str(tiny_model)), precision="float32")
-    save_file(
-        {"mean": torch.zeros(32), "mean_square_norm": torch.full((1,), 1e-6)},
-        store.get("activations", SITE).folder / "statistics.safetensors",
-    )
+    assert atlas.sink_norm == 10_000  # the harvest's median norm, times its setting
+    atlas.sink_norm = 1e-3
     assert all(token.features == [] for token in atlas.explain(lm, "The quick brown fox"))
     with pytest.raises(FeatureError, match="no token"):
         atlas.explain(lm, "")

@@ -43,7 +43,7 @@ def test_planted_groups_become_clusters_numbered_by_size_and_lie_together(tmp_pa
     rows, group = grouped_rows([30, 90, 50])
     summary, table = build(tmp_path, rows)
     clusters = table["cluster"].to_numpy()
-    assert summary == {"n_features": 170, "n_clusters": 3, "clustered": float((clusters >= 0).mean())}
+    assert summary == {"n_features": 170, "n_clusters": 3, "clustered": float((clusters >= 0).mean()), "placed": 1.0}
     assert adjusted_rand_score(group, clusters) > 0.95
     sizes = np.bincount(clusters[clusters >= 0])
     assert (np.diff(sizes) <= 0).all()
