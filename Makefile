@@ -13,7 +13,7 @@ test: setup ## set up, then lint, check types and run the tests
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
-	$(RUN)/pytest
+	$(RUN)/pytest -n 2 --dist loadfile
 
 setup: $(VENV)/ready
 

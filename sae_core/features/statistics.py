@@ -9,10 +9,9 @@ from jaxtyping import Float32, Float64, Int64
 from sae_core.features.examples import bins
 from sae_core.features.firings import Firings
 from sae_core.features.runs import rank
+from sae_core.metrics import DENSE
 
 HISTOGRAM_BINS = 20
-DENSE = 0.1
-"""A feature that fires on more than this share of the tokens counts as dense."""
 
 Column = Int64[np.ndarray, " found"]
 
