@@ -21,7 +21,7 @@ class Step(NamedTuple):
     n_fired: Int64[Tensor, " d_sae"]
     """How often each feature was active."""
     aux: float
-    """The auxiliary loss or the sparsity penalty, before its coefficient."""
+    """The auxiliary loss, or ReLU's sparsity penalty, before its coefficient."""
 
 
 class Architecture(ABC):

@@ -57,7 +57,7 @@ class StepMetrics(NamedTuple):
     """Fraction of this batch's variance unexplained, before the step."""
     l0: float
     aux: float
-    """Auxiliary loss or sparsity penalty, before its coefficient."""
+    """Auxiliary loss, or ReLU's sparsity penalty, before its coefficient."""
     dead: float
     """Share of features without a firing in the last `dead_after_tokens` activations."""
     lr: float
