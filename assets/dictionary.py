@@ -11,7 +11,7 @@ from assets.resources import Workshop, launchpad
 from sae_core.stages import VERSIONS
 from sae_core.study import DictionarySettings
 
-DictionaryRun = launchpad(DictionarySettings, "architecture", "d_sae", "k", "variant")
+DictionaryRun = launchpad(DictionarySettings, "architecture", "d_sae", "k", "l1_coefficient", "variant")
 
 
 @dg.asset(

@@ -249,12 +249,12 @@ def write_views(store: ArtifactStore) -> Path:
             _create_views(database, store, store.slugs("dictionary"))
             database.execute(
                 "CREATE TABLE dictionaries(dictionary VARCHAR, model VARCHAR, hook VARCHAR, layer INTEGER, "
-                "corpus VARCHAR, architecture VARCHAR, d_sae INTEGER, k INTEGER)"
+                "corpus VARCHAR, architecture VARCHAR, d_sae INTEGER, k INTEGER, l1_coefficient DOUBLE)"
             )
             for slug in store.slugs("dictionary"):
                 spec = DictionarySpec.parse(slug)
-                row = [slug, *spec.site, spec.architecture, spec.d_sae, spec.k]
-                database.execute("INSERT INTO dictionaries VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+                row = [slug, *spec.site, spec.architecture, spec.d_sae, spec.k, spec.l1_coefficient]
+                database.execute("INSERT INTO dictionaries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
     return target
 
 

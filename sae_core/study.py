@@ -9,16 +9,17 @@ This module is light: it must import in milliseconds, because every Dagster proc
 import itertools
 import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, cast, get_args
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_serializer, model_validator
 
 from sae_core.errors import MindAtlasError
 from sae_core.settings import Settings
 
 Hook = Literal["resid_pre", "resid_post", "mlp_in", "mlp_out", "attn_out"]
-Architecture = Literal["batch_top_k"]
+Architecture = Literal["batch_top_k", "top_k", "matryoshka_batch_top_k", "jump_relu", "relu"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -117,8 +118,10 @@ class DictionarySettings(Settings):
     """Which sparse autoencoder; see `sae_core/dictionary/`."""
     d_sae: int = Field(4096, ge=1)
     """Number of features."""
-    k: int = Field(32, ge=1)
-    """Features active on a token, on average."""
+    k: int | None = Field(None, ge=1)
+    """Features active on a token, on average; default 32. Of every architecture but `relu`."""
+    l1_coefficient: float | None = Field(None, gt=0)
+    """Weight of the penalty on the activations of `relu` (lambda); default 5 (Templeton et al. 2024)."""
     tokens: int = Field(2_000_000, ge=1)
     """Activations seen in training; a smaller set is read several times over, in a new order each time."""
     batch_tokens: int = Field(2048, ge=1)
@@ -134,7 +137,7 @@ class DictionarySettings(Settings):
     lr_decay: Share = 0.2
     """Share of the steps, at the end, over which it falls to 0 (Anthropic, April 2024)."""
     aux_coefficient: float = Field(1 / 32, ge=0)
-    """Weight of the auxiliary loss that revives dead features (Gao et al. 2024, A.2)."""
+    """Weight of the auxiliary loss that revives dead features (Gao et al. 2024, A.2); `relu` has none."""
     dead_after_tokens: int = Field(200_000, ge=1)
     """A feature that has not fired for this many activations counts as dead in training."""
     evaluation_tokens: int = Field(16_384, ge=256)
@@ -144,13 +147,35 @@ class DictionarySettings(Settings):
     variant: str = Field("", pattern=r"^[a-z0-9-]*$")
     """Suffix of the dictionary's name, for a second one that differs in none of the named settings."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sparsity(cls, values: Any) -> Any:
+        """Fill in the default of the one setting that the architecture's sparsity hangs on, and refuse the other."""
+        if not isinstance(values, dict):
+            return values
+        own, foreign = _sparsity_keys(architecture := values.get("architecture", "batch_top_k"))
+        if values.get(foreign) is not None:
+            raise ValueError(f"{foreign} = {values[foreign]} is no setting of {architecture}: give {own} in its place")
+        return values | ({own: {"k": 32, "l1_coefficient": 5.0}[own]} if values.get(own) is None else {})
+
+    @model_serializer(mode="wrap")
+    def _own_settings(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """What is no setting of the architecture is none of its fingerprint either."""
+        foreign = _sparsity_keys(self.architecture)[1]
+        return {key: value for key, value in dump(self).items() if key != foreign}
+
     @model_validator(mode="after")
     def _k_fits(self) -> "DictionarySettings":
-        if self.k > self.d_sae:
+        if self.k is not None and self.k > self.d_sae:
             raise ValueError(f"k = {self.k} is more than d_sae = {self.d_sae}: give a k of at most d_sae")
         if self.lr_warmup + self.lr_decay > 1:
             raise ValueError("lr_warmup and lr_decay together exceed 1: the two shares must not overlap")
         return self
+
+
+def _sparsity_keys(architecture: Any) -> tuple[str, str]:
+    """The setting that an architecture's sparsity hangs on, and the one that it does not know."""
+    return ("l1_coefficient", "k") if architecture == "relu" else ("k", "l1_coefficient")
 
 
 class FeatureSettings(Settings):
@@ -257,22 +282,32 @@ class DictionarySpec(NamedTuple):
     site: Site
     architecture: str
     d_sae: int
-    k: int
+    k: int | None = None
+    l1_coefficient: float | None = None
+    """Names what has no `k`."""
     variant: str = ""
 
     @property
     def slug(self) -> str:
+        sparsity = f"k{self.k}" if self.l1_coefficient is None else f"l{_number_slug(self.l1_coefficient)}"
         end = f".{self.variant}" if self.variant else ""
-        return f"{self.site.slug}.{self.architecture}.w{self.d_sae}.k{self.k}{end}"
+        return f"{self.site.slug}.{self.architecture}.w{self.d_sae}.{sparsity}{end}"
 
     @classmethod
     def parse(cls, slug: str) -> "DictionarySpec":
         """The dictionary of a slug. Raises StudyError when it is none."""
-        found = re.fullmatch(r"(.+)\.([a-z_]+)\.w(\d+)\.k(\d+)(?:\.([a-z0-9-]+))?", slug)
+        found = re.fullmatch(
+            r"(.+)\.([a-z_]+)\.w(\d+)\.(?:k(\d+)|l(\d+(?:_\d+)?(?:e[+-]?\d+)?))(?:\.([a-z0-9-]+))?", slug
+        )
         if not found:
-            raise StudyError(f"{slug!r} is no dictionary: expected <site>.<architecture>.w<d_sae>.k<k>[.<variant>]")
-        site, architecture, d_sae, k, variant = found.groups()
-        return cls(Site.parse(site), architecture, int(d_sae), int(k), variant or "")
+            raise StudyError(
+                f"{slug!r} is no dictionary: expected <site>.<architecture>.w<d_sae>.k<k>[.<variant>], "
+                "or l<l1_coefficient> in place of k<k>"
+            )
+        site, architecture, d_sae, k, penalty, variant = found.groups()
+        l1_coefficient = float(penalty.replace("_", ".")) if penalty else None
+        k = int(k) if k else None
+        return cls(Site.parse(site), architecture, int(d_sae), k, l1_coefficient, variant or "")
 
 
 class Study(Settings):
@@ -298,7 +333,7 @@ class Study(Settings):
 
     def spec(self, dictionary: DictionarySettings) -> DictionarySpec:
         d = dictionary
-        return DictionarySpec(self.site, d.architecture, d.d_sae, d.k, d.variant)
+        return DictionarySpec(self.site, d.architecture, d.d_sae, d.k, d.l1_coefficient, d.variant)
 
     @classmethod
     def load(cls, path: Path) -> "Study":
@@ -340,6 +375,11 @@ def _slug(name: str) -> str:
     if not slug:
         raise ValueError(f"{name!r} leaves nothing to name files with: use letters and digits")
     return slug
+
+
+def _number_slug(number: float) -> str:
+    """A number without a dot, which parts names: `5`, `0_5`."""
+    return repr(float(number)).removesuffix(".0").replace(".", "_")
 
 
 def _resolve_paths(table: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from sae_core.activations import Activations
 from sae_core.artifacts import SCRATCH, require_space, write_atomically
 from sae_core.corpus import Corpus
 from sae_core.dictionary import Dictionary
+from sae_core.dictionary.batch_top_k import BatchTopK
 from sae_core.dictionary.trainer import Source, Training
 from sae_core.language_model import LanguageModel
 from sae_core.metrics import Quality, Spliced, measure, splice
@@ -84,9 +85,11 @@ def build_dictionary(
     require_space(folder, 4 * SPACE * settings.d_sae * source.d_model)
     training = Training(settings, source, device)
     seconds = _train(training, source, folder / SCRATCH / "checkpoint.safetensors", report)
-    steps = max(1, CALIBRATION_TOKENS // settings.batch_tokens)
     dictionary = training.dictionary()
-    dictionary = calibrate(dictionary, source.batches(settings.batch_tokens, steps, settings.seed), settings.k)
+    if isinstance(training.architecture, BatchTopK):  # the others' thresholds are as they were trained
+        steps = max(1, CALIBRATION_TOKENS // settings.batch_tokens)
+        batches = source.batches(settings.batch_tokens, steps, settings.seed)
+        dictionary = calibrate(dictionary, batches, training.architecture.k)
     dictionary.save(folder)
     with write_atomically(folder / "metrics.parquet") as path:
         pq.write_table(pa.Table.from_pylist([row._asdict() for row in training.history]), path)
@@ -94,7 +97,7 @@ def build_dictionary(
     held_out = measure(dictionary, _all_kept(Activations.open(activations, "held_out")))
     spliced = _splice(dictionary, settings, site, model, corpus, activations, device)
     return _summary(training, trained, held_out, spliced) | {
-        "threshold": float(dictionary.threshold[0]),
+        "threshold": float(dictionary.threshold.median()),
         "tokens_per_second": round(seconds and settings.batch_tokens * training.n_steps / seconds, 1),
     }
 

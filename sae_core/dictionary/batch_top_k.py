@@ -1,13 +1,12 @@
 """BatchTopK (Bussmann et al. 2024): the k * batch largest activations of a batch, wherever they fall."""
 
-from typing import NamedTuple
-
 import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
+from sae_core.dictionary.architecture import Architecture, Step, candidates, sparse_gradients, through_encoder
 from sae_core.dictionary.aux_k import add_aux_k
-from sae_core.dictionary.sparse import Pairs, decode, dots, low_precision, propose, sums, weighted_sums
+from sae_core.dictionary.sparse import Pairs, decode, dots
 from sae_core.dictionary.weights import Learner, Weights
 
 GUESS = 0.9
@@ -18,21 +17,7 @@ MEMORY = 0.5
 """Decay of the running smallest selected activation: short, for it falls fast at first, and one batch says it well."""
 
 
-class Step(NamedTuple):
-    """What one batch says of the weights."""
-
-    gradients: Weights
-    squared_error: float
-    """Sum over the batch of |x - x_hat|^2."""
-    n_active: int
-    """Activations selected in the batch, all rows together."""
-    n_fired: Int64[Tensor, " d_sae"]
-    """How often each feature was selected."""
-    aux: float
-    """The auxiliary loss, before its coefficient."""
-
-
-class BatchTopK:
+class BatchTopK(Architecture):
     """The architecture
 
         z = W_enc (x - b_dec) + b_enc
@@ -54,31 +39,30 @@ class BatchTopK:
         total, count = self._smallest.tolist()
         return total / count if count else 0.0
 
-    def step(self, learner: Learner, x: Float32[Tensor, "batch d_model"], dead: Bool[Tensor, " d_sae"]) -> Step:
-        """Gradients of the loss on a batch, and what came of it. Advances the running threshold.
+    def thresholds(self, weights: Weights) -> float:
+        """The running threshold, for all features."""
+        return self.threshold
 
-        Args:
-            learner: the weights, which are left as they are.
-            x: inputs, scaled so that E|x|^2 = d_model.
-            dead: the features that AuxK is to revive.
-        """
+    def step(
+        self, learner: Learner, x: Float32[Tensor, "batch d_model"], dead: Bool[Tensor, " d_sae"], progress: float
+    ) -> Step:
+        """As `Architecture.step`. Advances the running threshold."""
         weights = learner.weights
         centered = x - weights.b_dec
         pairs, value = self.select(learner, centered)
-        error = decode(pairs, value, weights.W_dec, len(x)) - centered
-        upstream = error * (2 / (len(x) * self.variance))
-        d_value = dots(weights.W_dec, pairs.feature, upstream, pairs.row)
-        d_sae = len(weights.b_enc)
-        gradients = Weights(
-            W_enc=weighted_sums(centered, pairs.row, d_value, pairs.feature, d_sae),
-            b_enc=sums(d_value, pairs.feature, d_sae),
-            W_dec=weighted_sums(upstream, pairs.row, value, pairs.feature, d_sae),
-            b_dec=upstream.sum(0),
-        )
+        gradients, error = self.reconstruct(weights, centered, pairs, value)
         aux = add_aux_k(gradients, learner, centered, -error, dead, self.aux_coefficient)
-        gradients.b_dec.sub_(gradients.b_enc @ weights.W_enc)  # b_dec is taken from the encoder's input, too
-        n_fired = torch.bincount(pairs.feature, minlength=d_sae)
-        return Step(gradients, float(error.square().sum()), len(value), n_fired, aux)
+        n_fired = torch.bincount(pairs.feature, minlength=len(dead))
+        return Step(through_encoder(gradients, weights), float(error.square().sum()), len(value), n_fired, aux)
+
+    def reconstruct(
+        self, weights: Weights, centered: Float32[Tensor, "batch d_model"], pairs: Pairs, value: Float32[Tensor, " nnz"]
+    ) -> tuple[Weights, Float32[Tensor, "batch d_model"]]:
+        """Gradients of the reconstruction loss (without the encoder's part of b_dec's), and x_hat - x."""
+        error = decode(pairs, value, weights.W_dec, len(centered)) - centered
+        upstream = error * (2 / (len(centered) * self.variance))
+        d_value = dots(weights.W_dec, pairs.feature, upstream, pairs.row)
+        return sparse_gradients(pairs, value, d_value, centered, upstream, len(weights.b_enc)), error
 
     def select(
         self, learner: Learner, centered: Float32[Tensor, "batch d_model"]
@@ -87,7 +71,7 @@ class BatchTopK:
         count = self.k * len(centered)
         limit = GUESS * (self.threshold or _first_guess(learner, centered, self.k))
         while True:
-            pairs, z = _candidates(learner, centered, limit)
+            pairs, z = candidates(learner, centered, limit)
             smallest = float(z.kthvalue(len(z) - count + 1).values) if len(z) >= count else -torch.inf
             if limit == 0 or limit <= SAFE * smallest:
                 break
@@ -95,8 +79,12 @@ class BatchTopK:
         where = _largest(z, count, max(smallest, 0.0))
         pairs, value = pairs.at(where), z[where]
         if len(value):
-            self._smallest = MEMORY * self._smallest + torch.tensor([float(value.min()), 1.0], dtype=torch.float64)
+            self.remember(float(value.min()))
         return pairs, value
+
+    def remember(self, smallest: float) -> None:
+        """Take a batch's smallest selected activation into the running one."""
+        self._smallest = MEMORY * self._smallest + torch.tensor([smallest, 1.0], dtype=torch.float64)
 
     def state(self) -> dict[str, Tensor]:
         """What the next step depends on, besides the weights."""
@@ -106,15 +94,6 @@ class BatchTopK:
         """Go on from what `state` gave."""
         self._smallest = state["smallest"].cpu()
         return self
-
-
-def _candidates(
-    learner: Learner, centered: Float32[Tensor, "batch d_model"], limit: float
-) -> tuple[Pairs, Float32[Tensor, " nnz"]]:
-    """Pairs whose pre-activation is above `limit` or close to it, and the pre-activations in float32."""
-    weights = learner.weights
-    pairs = propose(low_precision(centered), learner.W_enc_low, low_precision(weights.b_enc - limit))
-    return pairs, dots(weights.W_enc, pairs.feature, centered, pairs.row) + weights.b_enc[pairs.feature]
 
 
 def _first_guess(learner: Learner, centered: Float32[Tensor, "batch d_model"], k: int) -> float:

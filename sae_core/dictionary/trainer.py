@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_core.artifacts import write_atomically
-from sae_core.dictionary.batch_top_k import BatchTopK
+from sae_core.dictionary.architectures import architecture
 from sae_core.dictionary.folded import Dictionary
 from sae_core.dictionary.weights import Learner, Weights
 from sae_core.errors import MindAtlasError
@@ -57,14 +57,14 @@ class StepMetrics(NamedTuple):
     """Fraction of this batch's variance unexplained, before the step."""
     l0: float
     aux: float
-    """Auxiliary loss, before its coefficient."""
+    """Auxiliary loss, or ReLU's sparsity penalty, before its coefficient."""
     dead: float
     """Share of features without a firing in the last `dead_after_tokens` activations."""
     lr: float
     grad_norm: float
     """Of all gradients together, before clipping."""
     threshold: float
-    """Running smallest selected activation, in the units of the activations."""
+    """What a feature must exceed at inference, in the units of the activations: the mean over features."""
 
 
 class Training:
@@ -85,8 +85,8 @@ class Training:
         self.scale = math.sqrt(source.d_model / float(mean_square))
         center = mean.to(device) * self.scale
         variance = source.d_model - float(center.square().sum())
-        self.architecture = BatchTopK(settings.k, settings.aux_coefficient, variance)
-        self.learner = Learner(Weights.initial(settings.d_sae, center, settings.seed))
+        self.architecture = architecture(settings, variance)
+        self.learner = Learner(self.architecture.start(Weights.initial(settings.d_sae, center, settings.seed)))
         self.silent_for = torch.zeros(settings.d_sae, dtype=torch.int64, device=device)
         self.history: list[StepMetrics] = []
         self.checkpoint = "none was written yet"
@@ -113,7 +113,7 @@ class Training:
         lr = learning_rate(self.settings, self.done, self.n_steps)
         x = batch.to(self.silent_for.device).float() * self.scale
         dead = self.silent_for >= self.settings.dead_after_tokens
-        step = self.architecture.step(self.learner, x, dead)
+        step = self.architecture.step(self.learner, x, dead, self.done / self.n_steps)
         fvu = step.squared_error / float((x - x.mean(0)).square().sum())
         if not fvu <= DIVERGED:
             raise self._failure(batch, fvu)
@@ -129,7 +129,7 @@ class Training:
             dead=float(dead.double().mean()),
             lr=lr,
             grad_norm=float(norm),
-            threshold=self.architecture.threshold / self.scale,
+            threshold=float(torch.as_tensor(self._thresholds(), dtype=torch.float64).mean()),
         )
         self.history.append(metrics)
         return metrics
@@ -148,16 +148,20 @@ class Training:
         )
 
     def dictionary(self) -> Dictionary:
-        """The dictionary as it is now, folded, with the running threshold."""
+        """The dictionary as it is now, folded, with the threshold that goes with it."""
         weights, scale = self.learner.weights, self.scale
         return Dictionary(
             W_enc=weights.W_enc.T.clone(),
             b_enc=(weights.b_enc - weights.W_enc @ weights.b_dec) / scale,
             W_dec=weights.W_dec.clone(),
             b_dec=weights.b_dec / scale,
-            threshold=torch.full_like(weights.b_enc, self.architecture.threshold / scale),
-            config={"architecture": self.settings.architecture, "k": self.settings.k},
+            threshold=torch.zeros_like(weights.b_enc) + self._thresholds(),
+            config=self.settings.model_dump(include={"architecture", "k", "l1_coefficient"}),
         )
+
+    def _thresholds(self) -> float | Float32[Tensor, " d_sae"]:
+        """The thresholds as they are now, in the units of the activations."""
+        return self.architecture.thresholds(self.learner.weights) / self.scale
 
     def save(self, path: Path) -> None:
         """Write a checkpoint: complete, or the one before it stays. Raises ArtifactError when the disk is full."""

@@ -26,6 +26,8 @@ class Weights:
     b_enc: Float32[Tensor, " d_sae"]
     W_dec: Float32[Tensor, "d_sae d_model"]
     b_dec: Float32[Tensor, " d_model"]
+    threshold: Float32[Tensor, " d_sae"] | None = None
+    """Only of architectures that learn it."""
 
     @classmethod
     def initial(cls, d_sae: int, b_dec: Float32[Tensor, " d_model"], seed: int) -> "Weights":
@@ -42,21 +44,26 @@ class Weights:
         return Weights(*(torch.zeros_like(tensor) for tensor in self.tensors()))
 
     def tensors(self) -> list[Tensor]:
-        """All four, in the order of the fields."""
-        return [getattr(self, field.name) for field in fields(self)]
+        """All that there are, in the order of the fields."""
+        return list(self._named().values())
 
     def state(self, prefix: str) -> dict[str, Tensor]:
         """The tensors by name, for a checkpoint."""
-        return {f"{prefix}.{field.name}": getattr(self, field.name) for field in fields(self)}
+        return {f"{prefix}.{name}": tensor for name, tensor in self._named().items()}
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor], prefix: str) -> "Weights":
         """What `state` gave."""
-        return cls(*(state[f"{prefix}.{field.name}"] for field in fields(cls)))
+        names = (field.name for field in fields(cls))
+        return cls(**{name: state[f"{prefix}.{name}"] for name in names if f"{prefix}.{name}" in state})
+
+    def _named(self) -> dict[str, Tensor]:
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
 class Learner:
-    """Weights with their Adam moments, and the decoder's constraint: unit rows, after every step."""
+    """Weights with their Adam moments, and what holds after every step: unit decoder rows, no negative threshold."""
 
     def __init__(self, weights: Weights, mean: Weights | None = None, square: Weights | None = None) -> None:
         self.weights = weights
@@ -73,12 +80,14 @@ class Learner:
         norm = torch.nn.utils.get_total_norm(gradients.tensors())
         adam(
             self.weights.tensors(), gradients.tensors(), self.mean.tensors(), self.square.tensors(), [],
-            [torch.tensor(float(step), device=norm.device) for _ in fields(Weights)],
+            [torch.tensor(float(step), device=norm.device) for _ in gradients.tensors()],
             fused=True, grad_scale=(norm / MAX_NORM).clamp(min=1), amsgrad=False, maximize=False, weight_decay=0.0,
             beta1=BETAS[0], beta2=BETAS[1], eps=EPSILON, lr=lr,
         )  # fmt: skip
         self.weights.W_dec.div_(torch.linalg.vector_norm(self.weights.W_dec, dim=1, keepdim=True))
         self.W_enc_low.copy_(self.weights.W_enc)
+        if self.weights.threshold is not None:
+            self.weights.threshold.clamp_(min=0)
         return norm
 
     def state(self) -> dict[str, Tensor]:

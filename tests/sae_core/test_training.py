@@ -23,6 +23,7 @@ from sae_core.training import build_dictionary, calibrate
 
 SITE = ActivationSettings(layer=1, precision="float32", shard_tokens=1024)
 SETTINGS = DictionarySettings(d_sae=96, k=6, tokens=12_000, batch_tokens=256, evaluation_tokens=256)
+SHORT = {"d_sae": 96, "tokens": 4096, "batch_tokens": 256, "evaluation_tokens": 256}
 FILES = {"dictionary.safetensors", "config.json", "metrics.parquet"}
 
 
@@ -83,6 +84,29 @@ def test_files_are_complete_and_the_dictionary_loads(built: tuple[Path, dict[str
     metrics = pq.read_table(folder / "metrics.parquet")
     assert metrics.num_rows == summary["steps"]
     assert {"step", "tokens", "fvu", "l0", "aux", "dead", "lr", "grad_norm"} <= set(metrics.column_names)
+
+
+@pytest.mark.parametrize("architecture", ["top_k", "matryoshka_batch_top_k"])
+def test_thresholds_that_stand_for_ranks_give_k_features_a_token(
+    architecture: str, parents: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = DictionarySettings.model_validate({**SHORT, "architecture": architecture, "k": 6})
+    summary = build_dictionary(settings, folder=tmp_path, **parents)
+    assert summary["train_l0"] == pytest.approx(6, rel=0.05)
+
+
+@pytest.mark.parametrize("architecture", ["relu", "jump_relu"])
+def test_thresholds_that_come_from_no_rank_are_saved_as_trained(
+    architecture: str, parents: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "calibrate", None)
+    settings = DictionarySettings.model_validate({**SHORT, "architecture": architecture})
+    summary = json.loads(json.dumps(build_dictionary(settings, folder=tmp_path, **parents), allow_nan=False))
+    dictionary = Dictionary.load(tmp_path)
+    assert dictionary.config["architecture"] == architecture
+    assert summary["threshold"] == float(dictionary.threshold.median())
+    assert bool(dictionary.threshold.any()) == (architecture == "jump_relu")
+    assert 0 < summary["fvu"] < 1
 
 
 def test_progress_is_told_in_tokens_to_the_end(parents: dict[str, Any], tmp_path: Path) -> None:

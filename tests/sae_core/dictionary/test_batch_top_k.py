@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sae_core.dictionary import weights as weights_module
-from sae_core.dictionary.batch_top_k import BatchTopK, Step
+from sae_core.dictionary.architecture import Step
+from sae_core.dictionary.batch_top_k import BatchTopK
 from sae_core.dictionary.weights import Learner, Weights
 
 D_MODEL, D_SAE, K, N = 16, 48, 4, 40
@@ -52,7 +53,7 @@ def dense_loss(weights: list[torch.Tensor], x: torch.Tensor, dead: torch.Tensor,
 def both(dead: torch.Tensor, coefficient: float) -> tuple[Step, list[torch.Tensor]]:
     """Our step, and the gradients that autograd finds."""
     learned, x = learner(), inputs()
-    step = BatchTopK(K, coefficient, VARIANCE).step(learned, x, dead)
+    step = BatchTopK(K, coefficient, VARIANCE).step(learned, x, dead, progress=0.5)
     leaves = [tensor.clone().requires_grad_() for tensor in learned.weights.tensors()]
     return step, list(torch.autograd.grad(dense_loss(leaves, x, dead, coefficient), leaves))
 
@@ -119,7 +120,7 @@ def test_fewer_positive_values_than_wanted_are_all_selected() -> None:
 def test_nothing_positive_selects_nothing_and_still_steps() -> None:
     learned = learner()
     learned.weights.b_enc.fill_(-100.0)
-    step = BatchTopK(K, 0.0, VARIANCE).step(learned, inputs(), torch.zeros(D_SAE, dtype=torch.bool))
+    step = BatchTopK(K, 0.0, VARIANCE).step(learned, inputs(), torch.zeros(D_SAE, dtype=torch.bool), progress=0.5)
     assert step.n_active == 0
     assert step.n_fired.sum() == 0
     assert all(gradient.isfinite().all() for gradient in step.gradients.tensors())
@@ -145,7 +146,7 @@ def test_bfloat16_product_selects_what_float32_selects(monkeypatch: pytest.Monke
     exact_pairs, exact_value = BatchTopK(K, 0.0, VARIANCE).select(learned, x)
     for module in ("sparse", "weights"):
         monkeypatch.setattr(f"sae_core.dictionary.{module}.low_precision", torch.Tensor.bfloat16)
-    monkeypatch.setattr("sae_core.dictionary.batch_top_k.low_precision", torch.Tensor.bfloat16)
+    monkeypatch.setattr("sae_core.dictionary.architecture.low_precision", torch.Tensor.bfloat16)
     pairs, value = BatchTopK(K, 0.0, VARIANCE).select(weights_module.Learner(learned.weights), x)
     assert torch.equal(pairs.row, exact_pairs.row)
     assert torch.equal(pairs.feature, exact_pairs.feature)

@@ -3,14 +3,16 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from sae_core.dictionary import Dictionary
 from sae_core.dictionary.trainer import StepMetrics, Training, TrainingError, learning_rate
-from sae_core.study import DictionarySettings
+from sae_core.study import Architecture, DictionarySettings
 
+ARCHITECTURES = get_args(Architecture)
 D_MODEL, N_TRUE = 64, 256
 OFTEN = 0.008
 """Bound on the firing rate from which a planted feature must be found."""
@@ -59,7 +61,8 @@ def source() -> InMemory:
 
 
 def small(**changes: float | str) -> DictionarySettings:
-    values = {"d_sae": 96, "k": 4, "tokens": 256 * 24, "batch_tokens": 256, "dead_after_tokens": 1000} | changes
+    sparsity = {"l1_coefficient": 1} if changes.get("architecture") == "relu" else {"k": 4}
+    values = {"d_sae": 96, "tokens": 256 * 24, "batch_tokens": 256, "dead_after_tokens": 1000} | sparsity | changes
     return DictionarySettings.model_validate(values)
 
 
@@ -72,10 +75,12 @@ def assert_same_bits(a: Dictionary, b: Dictionary) -> None:
         assert torch.equal(getattr(a, name), getattr(b, name)), name
 
 
-def test_a_planted_dictionary_is_recovered() -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_planted_dictionary_is_recovered(architecture: str) -> None:
     """Every planted feature that fires on at least 0.8% of the tokens has a learned one at cosine 0.9, on average."""
     x, directions, rates = planted(40_000)
-    training = Training(small(d_sae=N_TRUE, tokens=400 * 512, batch_tokens=512), InMemory(x))
+    settings = small(architecture=architecture, d_sae=N_TRUE, tokens=400 * 512, batch_tokens=512)
+    training = Training(settings, InMemory(x))
     metrics = train(training, InMemory(x))
     cosine = (training.dictionary().W_dec @ directions.T).max(dim=0).values
     assert (rates >= OFTEN).all()
@@ -84,17 +89,19 @@ def test_a_planted_dictionary_is_recovered() -> None:
     assert metrics[-1].dead == 0
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("stop", [1, 11, 23])
-def test_a_resumed_run_gives_the_same_bits(stop: int, source: InMemory, tmp_path: Path) -> None:
-    whole = Training(small(), source)
+def test_a_resumed_run_gives_the_same_bits(stop: int, architecture: str, source: InMemory, tmp_path: Path) -> None:
+    settings = small(architecture=architecture)
+    whole = Training(settings, source)
     expected = train(whole, source)
-    first = Training(small(), source)
+    first = Training(settings, source)
     steps = first.run(source)
     for _ in range(stop):
         next(steps)
     first.save(tmp_path / "checkpoint")
     next(steps)  # what was done after the checkpoint is lost
-    second = Training(small(), source).restore(tmp_path / "checkpoint")
+    second = Training(settings, source).restore(tmp_path / "checkpoint")
     assert second.done == stop
     train(second, source)
     assert second.history == expected
@@ -110,13 +117,14 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(source: InM
     assert not torch.equal(one.W_dec, other.W_dec)
 
 
-def test_folding_leaves_reconstructions_unchanged(source: InMemory) -> None:
-    training = Training(small(), source)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_folding_leaves_reconstructions_unchanged(architecture: str, source: InMemory) -> None:
+    training = Training(small(architecture=architecture), source)
     train(training, source)
     dictionary, weights, scale = training.dictionary(), training.learner.weights, training.scale
     x = source.x[:64]
     z = (x * scale - weights.b_dec) @ weights.W_enc.T + weights.b_enc
-    f = z * (z > training.architecture.threshold)
+    f = z * (z > training.architecture.thresholds(weights))
     x_hat = (f @ weights.W_dec + weights.b_dec) / scale
     torch.testing.assert_close(dictionary.decode(dictionary.encode(x)), x_hat, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(dictionary.encode(x), f / scale, rtol=1e-5, atol=1e-5)
