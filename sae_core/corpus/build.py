@@ -181,7 +181,7 @@ class _Builder:
     def _refuse_empty_splits(self) -> None:
         share = self.settings.held_out
         empty = [split for split, count in self.documents.items() if count == 0]
-        if "train" in empty or (empty and share > 0):
+        if empty:
             raise CorpusError(
                 f"corpus.held_out = {share}: of {sum(self.documents.values())} documents none fell to the {empty[0]} "
                 "split: give more text, or another share or seed"
