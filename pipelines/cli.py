@@ -184,7 +184,7 @@ def explain(text: str, top: int, study: str, dictionary: str, json_: bool) -> No
         return
     for token in tokens:
         out.print(f"\n{token.token!r}", style="bold", markup=False)
-        out.print(table(("feature", "activation", "label"), token.features))
+        out.print(table(("feature", "activation", "label"), [(f.feature, f.value, f.label) for f in token.features]))
 
 
 @cli.command()

@@ -79,6 +79,7 @@ def test_features_are_found_shown_and_explained(home: Path):
     tokens = json.loads(run("explain", "the old bridge", "--json", home=home, check=True).stdout)
     assert "".join(token["token"] for token in tokens).replace(" ", "").endswith("bridge")
     assert any(token["features"] for token in tokens)
+    assert "activation" in run("explain", "the old bridge", home=home, check=True).stdout
 
 
 def test_steering_changes_the_answer_and_the_same_seed_repeats_it(home: Path):
