@@ -16,7 +16,7 @@ from sae_core.settings import Settings
 from sae_core.study import CorpusSettings, DictionarySettings, LabelSettings, ModelSettings, Study
 
 VERSIONS = {
-    "corpus": 1, "activations": 1, "dictionary": 1, "features": 1, "neighbors": 1, "feature_map": 1, "labels": 1,
+    "corpus": 1, "activations": 1, "dictionary": 2, "features": 1, "neighbors": 1, "feature_map": 1, "labels": 1,
 }  # fmt: skip
 
 

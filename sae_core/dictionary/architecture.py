@@ -3,17 +3,17 @@
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
-from jaxtyping import Bool, Float32, Int64
+import torch
+from jaxtyping import Bool, Float32, Int32, Int64
 from torch import Tensor
 
-from sae_core.dictionary.sparse import Pairs, dots, low_precision, propose, sums, weighted_sums
+from sae_core.dictionary.sparse import Groups, Pairs, dots, group_sums, low_precision, propose, sums
 from sae_core.dictionary.weights import Learner, Weights
 
 
 class Step(NamedTuple):
     """What one batch says of the weights."""
 
-    gradients: Weights
     squared_error: float
     """Sum over the batch of |x - x_hat|^2."""
     n_active: int
@@ -39,10 +39,10 @@ class Architecture(ABC):
     def step(
         self, learner: Learner, x: Float32[Tensor, "batch d_model"], dead: Bool[Tensor, " d_sae"], progress: float
     ) -> Step:
-        """Gradients of the loss on a batch, and what came of it.
+        """Find the gradients of the loss on a batch; returns what else came of it.
 
         Args:
-            learner: the weights, which are left as they are.
+            learner: the weights, which are left as they are, and their gradients, which are written over.
             x: inputs, scaled so that E|x|^2 = d_model.
             dead: the features that AuxK is to revive.
             progress: share of all steps that were taken before this one.
@@ -62,40 +62,48 @@ class Architecture(ABC):
 
 
 def candidates(
-    learner: Learner, centered: Float32[Tensor, "batch d_model"], limit: float | Float32[Tensor, " d_sae"]
+    learner: Learner,
+    centered: Float32[Tensor, "batch d_model"],
+    limit: float | Float32[Tensor, " d_sae"] = 0.0,
+    k: int | None = None,
 ) -> tuple[Pairs, Float32[Tensor, " nnz"]]:
-    """Pairs whose pre-activation is above `limit` or close to it, and the pre-activations in float32."""
+    """Pairs whose pre-activation is above `limit` or close to it, and the pre-activations in float32.
+
+    With `k`, only those that may be among the k largest of their row.
+    """
     weights = learner.weights
-    pairs = propose(low_precision(centered), learner.W_enc_low, low_precision(weights.b_enc - limit))
-    return pairs, pre_acts(weights, centered, pairs)
-
-
-def pre_acts(weights: Weights, centered: Float32[Tensor, "batch d_model"], pairs: Pairs) -> Float32[Tensor, " nnz"]:
-    """The pairs' pre-activations in float32."""
-    return dots(weights.W_enc, pairs.feature, centered, pairs.row) + weights.b_enc[pairs.feature]
+    pairs = propose(low_precision(centered), learner.W_enc_low, low_precision(weights.b_enc - limit), k)
+    return pairs, dots(weights.W_enc, pairs.feature, centered, pairs.row) + weights.b_enc[pairs.feature]
 
 
 def sparse_gradients(
+    learner: Learner,
     pairs: Pairs,
     value: Float32[Tensor, " nnz"],
     d_value: Float32[Tensor, " nnz"],
     centered: Float32[Tensor, "batch d_model"],
-    upstream: Float32[Tensor, "batch d_model"],
-    d_sae: int,
-) -> Weights:
-    """Gradients from those of the activations (`d_value`) and of the reconstruction (`upstream`).
+    upstream: Float32[Tensor, "rows d_model"],
+    upstream_row: Int32[Tensor, " nnz"],
+) -> None:
+    """Set the gradients of both matrices and of b_enc.
 
-    b_dec's is that of the reconstruction alone; `through_encoder` adds the rest when b_enc's is complete.
+    Args:
+        learner: whose gradients are set.
+        pairs: the active ones.
+        value: their activations.
+        d_value: the gradients of these.
+        centered: the encoder's input.
+        upstream: gradients of what the decoder's output is added to.
+        upstream_row: which row of it each pair adds to.
     """
-    return Weights(
-        W_enc=weighted_sums(centered, pairs.row, d_value, pairs.feature, d_sae),
-        b_enc=sums(d_value, pairs.feature, d_sae),
-        W_dec=weighted_sums(upstream, pairs.row, value, pairs.feature, d_sae),
-        b_dec=upstream.sum(0),
-    )
+    gradients, d_sae = learner.gradients, len(learner.weights.b_enc)
+    groups = Groups.by(pairs.feature, d_sae)
+    group_sums(centered, pairs.row, d_value, groups, gradients.W_enc)
+    group_sums(upstream, upstream_row, value, groups, gradients.W_dec)
+    gradients.b_enc.copy_(sums(d_value, pairs.feature, d_sae))
 
 
-def through_encoder(gradients: Weights, weights: Weights) -> Weights:
-    """The gradients with b_dec's completed, in place: b_dec is taken from the encoder's input, too."""
-    gradients.b_dec.sub_(gradients.b_enc @ weights.W_enc)
-    return gradients
+def b_dec_gradient(learner: Learner, of_output: Float32[Tensor, " d_model"]) -> None:
+    """Set b_dec's gradient, b_enc's being complete: b_dec is added to the output and taken from the encoder's input."""
+    gradients, weights = learner.gradients, learner.weights
+    torch.sub(of_output, gradients.b_enc @ weights.W_enc, out=gradients.b_dec)

@@ -10,20 +10,19 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from sae_core.dictionary.sparse import BLOCK_BYTES, low_precision
-from sae_core.dictionary.weights import Learner, Weights
+from sae_core.dictionary.weights import Learner
 
 
 def add_aux_k(
-    gradients: Weights,
     learner: Learner,
     centered: Float32[Tensor, "batch d_model"],
-    residual: Float32[Tensor, "batch d_model"],
+    error: Float32[Tensor, "batch d_model"],
     dead: Bool[Tensor, " d_sae"],
     coefficient: float,
 ) -> float:
-    """Add the gradients of the auxiliary loss; returns the loss, before its coefficient.
+    """Add the gradients of the auxiliary loss to the learner's; returns the loss, before its coefficient.
 
-        e = x - x_hat, taken as a constant;  e_hat = sum of relu(z_i) W_dec[i] over the chosen dead i; no b_dec in it
+        e = x - x_hat = -error, a constant;  e_hat = sum of relu(z_i) W_dec[i] over the chosen dead i, without b_dec
         loss = min(n_dead / k_aux, 1) * sum |e - e_hat|^2 / sum |e - mean of e|^2
 
     The factor for few dead features is from sparsify; without it a handful would be asked to explain everything.
@@ -32,6 +31,7 @@ def add_aux_k(
     places = dead.nonzero().squeeze(1)
     if not len(places) or not coefficient:
         return 0.0
+    gradients, residual = learner.gradients, -error
     k_aux = max(1, centered.shape[1] // 2)
     share = min(len(places) / k_aux, 1.0)
     scale = share / (residual - residual.mean(0)).square().sum().clamp(min=torch.finfo(torch.float32).tiny)
@@ -41,9 +41,9 @@ def add_aux_k(
     for block, target in zip(centered.split(rows), residual.split(rows), strict=True):
         block_low = low_precision(block)
         acts = low.acts(block_low, min(k_aux, len(places)))
-        error = (acts @ low.W_dec).float() - target
-        loss += scale * error.square().sum()
-        upstream = low_precision(error * (2 * coefficient * scale))
+        missed = (acts @ low.W_dec).float() - target
+        loss += scale * missed.square().sum()
+        upstream = low_precision(missed * (2 * coefficient * scale))
         d_acts = (upstream @ low.W_dec.T) * (acts > 0)
         gradients.W_dec.index_add_(0, places, (acts.T @ upstream).float())
         gradients.W_enc.index_add_(0, places, (d_acts.T @ block_low).float())

@@ -4,14 +4,14 @@ import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
-from sae_core.dictionary.architecture import Architecture, Step, candidates, sparse_gradients, through_encoder
+from sae_core.dictionary.architecture import Architecture, Step, b_dec_gradient, candidates, sparse_gradients
 from sae_core.dictionary.aux_k import add_aux_k
-from sae_core.dictionary.sparse import Pairs, decode, dots
+from sae_core.dictionary.sparse import Pairs, kth_largest, reconstruct
 from sae_core.dictionary.weights import Learner, Weights
 
-GUESS = 0.9
+GUESS = 0.94
 """Pairs are proposed from this share of the last batches' smallest selected activation ..."""
-SAFE = 0.95
+SAFE = 0.98
 """... which must turn out to be at most this share of this batch's, so that bfloat16 can have missed none."""
 MEMORY = 0.5
 """Decay of the running smallest selected activation: short, for it falls fast at first, and one batch says it well."""
@@ -47,32 +47,33 @@ class BatchTopK(Architecture):
         self, learner: Learner, x: Float32[Tensor, "batch d_model"], dead: Bool[Tensor, " d_sae"], progress: float
     ) -> Step:
         """As `Architecture.step`. Advances the running threshold."""
-        weights = learner.weights
-        centered = x - weights.b_dec
+        centered = x - learner.weights.b_dec
         pairs, value = self.select(learner, centered)
-        gradients, error = self.reconstruct(weights, centered, pairs, value)
-        aux = add_aux_k(gradients, learner, centered, -error, dead, self.aux_coefficient)
+        error, upstream = self.learn(learner, centered, pairs, value)
+        aux = add_aux_k(learner, centered, error, dead, self.aux_coefficient)
+        b_dec_gradient(learner, upstream.sum(0))
         n_fired = torch.bincount(pairs.feature, minlength=len(dead))
-        return Step(through_encoder(gradients, weights), float(error.square().sum()), len(value), n_fired, aux)
+        return Step(float(torch.linalg.vector_norm(error) ** 2), len(value), n_fired, aux)
 
-    def reconstruct(
-        self, weights: Weights, centered: Float32[Tensor, "batch d_model"], pairs: Pairs, value: Float32[Tensor, " nnz"]
-    ) -> tuple[Weights, Float32[Tensor, "batch d_model"]]:
-        """Gradients of the reconstruction loss (without the encoder's part of b_dec's), and x_hat - x."""
-        error = decode(pairs, value, weights.W_dec, len(centered)) - centered
-        upstream = error * (2 / (len(centered) * self.variance))
-        d_value = dots(weights.W_dec, pairs.feature, upstream, pairs.row)
-        return sparse_gradients(pairs, value, d_value, centered, upstream, len(weights.b_enc)), error
+    def learn(
+        self, learner: Learner, centered: Float32[Tensor, "batch d_model"], pairs: Pairs, value: Float32[Tensor, " nnz"]
+    ) -> tuple[Float32[Tensor, "batch d_model"], Float32[Tensor, "batch d_model"]]:
+        """Set the gradients of the reconstruction loss, b_dec's aside; returns x_hat - x, and the gradient of x_hat."""
+        error, pull = reconstruct(pairs, value, learner.weights.W_dec, centered)
+        scale = 2 / (len(centered) * self.variance)
+        upstream = error * scale
+        sparse_gradients(learner, pairs, value, pull.mul_(scale), centered, upstream, pairs.row)
+        return error, upstream
 
     def select(
         self, learner: Learner, centered: Float32[Tensor, "batch d_model"]
     ) -> tuple[Pairs, Float32[Tensor, " nnz"]]:
-        """The selected pairs, in feature order, and their activations in float32."""
+        """The selected pairs, and their activations in float32."""
         count = self.k * len(centered)
         limit = GUESS * (self.threshold or _first_guess(learner, centered, self.k))
         while True:
             pairs, z = candidates(learner, centered, limit)
-            smallest = float(z.kthvalue(len(z) - count + 1).values) if len(z) >= count else -torch.inf
+            smallest = kth_largest(z, count)
             if limit == 0 or limit <= SAFE * smallest:
                 break
             limit = GUESS * smallest if smallest > 0 else limit / 2 if limit > 1e-6 else 0.0

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae_core.artifacts import write_atomically
-from sae_core.dictionary.sparse import Pairs, SparseActs, decode, dots, low_precision, propose
+from sae_core.dictionary.sparse import Groups, Pairs, SparseActs, dots, group_sums, low_precision, propose
 from sae_core.errors import MindAtlasError
 from sae_core.study import Architecture
 
@@ -100,14 +100,13 @@ class Dictionary:
         """
         pairs, value = self.candidates(x, self.threshold)
         fires = (value > self.threshold[pairs.feature]).nonzero().squeeze(1)
-        order = fires[pairs.row[fires].argsort(stable=True)]
-        row, feature = pairs.at(order)
-        return SparseActs(row.long(), feature.long(), value[order], len(x))
+        row, feature = pairs.at(fires)
+        return SparseActs(row.long(), feature.long(), value[fires], len(x))
 
     def candidates(
         self, x: Float[Tensor, "batch d_model"], limit: Float32[Tensor, " d_sae"]
     ) -> tuple[Pairs, Float32[Tensor, " nnz"]]:
-        """Pairs, in feature order, whose z may exceed `limit`, and their z: all that do, and some a little below."""
+        """Pairs whose z may exceed `limit`, and their z: all that do, and some a little below."""
         x = x.float()
         slack = MARGIN * x.square().mean().sqrt() * self._norms
         pairs = propose(low_precision(x), self._low, low_precision(self.b_enc - limit + slack))
@@ -117,9 +116,8 @@ class Dictionary:
         """The reconstruction x_hat of sparse or dense feature activations."""
         if isinstance(acts, Tensor):
             return acts.float() @ self.W_dec + self.b_dec
-        order = acts.feature.argsort(stable=True)
-        pairs = Pairs(acts.row[order].int(), acts.feature[order].int())
-        return decode(pairs, acts.value[order], self.W_dec, acts.n_rows) + self.b_dec
+        out = self.W_dec.new_empty(acts.n_rows, self.d_model)
+        return group_sums(self.W_dec, acts.feature, acts.value, Groups.by(acts.row, acts.n_rows), out) + self.b_dec
 
     def to(self, device: torch.device | str) -> "Dictionary":
         """The same dictionary on another device."""

@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Bool, Float32
 from torch import Tensor
 
-from sae_core.dictionary.architecture import Architecture, Step, candidates, sparse_gradients, through_encoder
+from sae_core.dictionary.architecture import Architecture, Step, b_dec_gradient, candidates, sparse_gradients
 from sae_core.dictionary.aux_k import add_aux_k
 from sae_core.dictionary.folded import MARGIN
-from sae_core.dictionary.sparse import decode, dots, sums
+from sae_core.dictionary.sparse import reconstruct, sums
 from sae_core.dictionary.weights import Learner, Weights
 
 BANDWIDTH = 0.05
@@ -72,14 +72,15 @@ class JumpReLU(Architecture):
         over = z - threshold[pairs.feature]
         active, near = over > 0, over.abs() < BANDWIDTH / 2
         value = z * active
-        error = decode(pairs, value, weights.W_dec, len(x)) - centered
-        upstream = error * (2 / (len(x) * self.variance))
-        d_value = dots(weights.W_dec, pairs.feature, upstream, pairs.row)
+        error, pull = reconstruct(pairs, value, weights.W_dec, centered)
+        scale = 2 / (len(x) * self.variance)
+        upstream, d_value = error * scale, pull * scale
         excess = int(active.sum()) / (len(x) * self.k) - 1
         d_active = SPARSITY * 2 * excess / (len(x) * self.k)
-        gradients = sparse_gradients(pairs, value, d_value * active, centered, upstream, d_sae)
+        sparse_gradients(learner, pairs, value, d_value * active, centered, upstream, pairs.row)
         d_threshold = -(threshold[pairs.feature] * d_value + d_active) * near / BANDWIDTH
-        aux = add_aux_k(gradients, learner, centered, -error, dead, self.aux_coefficient)
-        gradients = replace(through_encoder(gradients, weights), threshold=sums(d_threshold, pairs.feature, d_sae))
+        self.thresholds(learner.gradients).copy_(sums(d_threshold, pairs.feature, d_sae))
+        aux = add_aux_k(learner, centered, error, dead, self.aux_coefficient)
+        b_dec_gradient(learner, upstream.sum(0))
         n_fired = torch.bincount(pairs.feature[active], minlength=d_sae)
-        return Step(gradients, float(error.square().sum()), int(active.sum()), n_fired, aux)
+        return Step(float(torch.linalg.vector_norm(error) ** 2), int(active.sum()), n_fired, aux)

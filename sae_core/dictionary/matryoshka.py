@@ -4,9 +4,10 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from sae_core.dictionary.architecture import sparse_gradients
 from sae_core.dictionary.batch_top_k import BatchTopK
-from sae_core.dictionary.sparse import Pairs, decode, dots, sums, weighted_sums
-from sae_core.dictionary.weights import Weights
+from sae_core.dictionary.sparse import Groups, Pairs, dots, group_sums
+from sae_core.dictionary.weights import Learner
 
 PREFIXES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1)
 """Nested prefixes of the dictionary, as shares of it."""
@@ -22,27 +23,24 @@ class MatryoshkaBatchTopK(BatchTopK):
     residual is that of the whole dictionary.
     """
 
-    def reconstruct(
-        self, weights: Weights, centered: Float32[Tensor, "batch d_model"], pairs: Pairs, value: Float32[Tensor, " nnz"]
-    ) -> tuple[Weights, Float32[Tensor, "batch d_model"]]:
-        """As `BatchTopK.reconstruct`: a feature hears from every prefix that it is part of.
+    def learn(
+        self, learner: Learner, centered: Float32[Tensor, "batch d_model"], pairs: Pairs, value: Float32[Tensor, " nnz"]
+    ) -> tuple[Float32[Tensor, "batch d_model"], Float32[Tensor, "batch d_model"]]:
+        """As `BatchTopK.learn`: a feature hears from every prefix that it is part of.
 
         Each row is laid out once for each prefix, and a pair belongs to the copy of the first prefix that holds its
         feature; so sums over prefixes are running sums over copies.
         """
-        d_sae, n = len(weights.b_enc), len(centered)
+        W_dec, n = learner.weights.W_dec, len(centered)
+        d_sae = len(W_dec)
         ends = torch.tensor(sorted({max(1, round(share * d_sae)) for share in PREFIXES}), device=value.device)
         first = torch.bucketize(pairs.feature, ends, right=True, out_int32=True)
-        nested = Pairs(pairs.row + n * first, pairs.feature)
-        parts = decode(nested, value, weights.W_dec, n * len(ends)).view(len(ends), n, -1)
+        copy = pairs.row + n * first
+        parts = centered.new_empty(len(ends), *centered.shape)
+        group_sums(W_dec, pairs.feature, value, Groups.by(copy, n * len(ends)), parts.flatten(0, 1))
         error = parts.cumsum(0) - centered
         upstream = error.flip(0).cumsum(0).flip(0) * (2 / (n * self.variance * len(ends)))
         table = upstream.flatten(0, 1)
-        d_value = dots(weights.W_dec, nested.feature, table, nested.row)
-        gradients = Weights(
-            W_enc=weighted_sums(centered, pairs.row, d_value, pairs.feature, d_sae),
-            b_enc=sums(d_value, pairs.feature, d_sae),
-            W_dec=weighted_sums(table, nested.row, value, nested.feature, d_sae),
-            b_dec=upstream[0].sum(0),
-        )
-        return gradients, error[-1]
+        d_value = dots(W_dec, pairs.feature, table, copy)
+        sparse_gradients(learner, pairs, value, d_value, centered, table, copy)
+        return error[-1], upstream[0]

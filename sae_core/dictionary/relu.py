@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float32
 from torch import Tensor
 from torch.nn.functional import linear
 
-from sae_core.dictionary.architecture import Architecture, Step, through_encoder
+from sae_core.dictionary.architecture import Architecture, Step, b_dec_gradient
 from sae_core.dictionary.sparse import BLOCK_BYTES, low_precision
 from sae_core.dictionary.weights import Learner, Weights
 
@@ -49,12 +49,13 @@ class ReLU(Architecture):
         Half of all features are active at first, so products are dense, in the encoder's arithmetic, a block of rows
         at a time.
         """
-        weights, gradients = learner.weights, learner.weights.zeros()
+        weights, gradients = learner.weights, learner.gradients.zero_()
         W_dec, b_enc = low_precision(weights.W_dec), low_precision(weights.b_enc)
         scale = 1 / (len(x) * self.variance)
         penalty = scale * self.l1_coefficient * min(1.0, progress / WARM_UP)
         n_fired = torch.zeros_like(dead, dtype=torch.int64)
         squared_error, l1 = torch.zeros((), device=x.device), torch.zeros((), device=x.device)
+        error_sum = torch.zeros_like(weights.b_dec)
         rows = max(1, BLOCK_BYTES // (len(W_dec) * W_dec.element_size()))
         for block in (x - weights.b_dec).split(rows):
             low = low_precision(block)
@@ -66,9 +67,9 @@ class ReLU(Architecture):
             gradients.W_enc.add_(d_z.T @ low)
             gradients.b_enc.add_(d_z.sum(0, dtype=torch.float32))
             gradients.W_dec.add_(f.T @ upstream)
-            gradients.b_dec.add_(error.sum(0), alpha=2 * scale)
+            error_sum += error.sum(0)
             n_fired += active.sum(0)
             squared_error += error.square().sum()
             l1 += f.sum(dtype=torch.float32)
-        gradients = through_encoder(gradients, weights)
-        return Step(gradients, float(squared_error), int(n_fired.sum()), n_fired, float(l1) / len(x))
+        b_dec_gradient(learner, error_sum * (2 * scale))
+        return Step(float(squared_error), int(n_fired.sum()), n_fired, float(l1) / len(x))

@@ -1,24 +1,24 @@
-"""The four operations that a sparse step is made of. After the encoder product nothing is d_sae wide.
+"""Sparse activations, and what a step on them is made of. After the encoder product nothing is d_sae wide.
 
-    propose        which (row, feature) pairs may fire: the one full product, in bfloat16 where the machine has it
-    dots           a_i . b_j for given pairs (i, j): exact pre-activations, and the gradient of the activations
-    weighted_sums  sum of weight * table[index] over each bag: decoding, and the gradients of both matrices
-    sums           sum of values over each feature: the gradient of b_enc
+    propose     which (row, feature) pairs may fire: the one full product, in bfloat16 where the machine has it
+    dots        exact pre-activations of given pairs, and the gradient of the activations
+    reconstruct what a sparse reconstruction gets wrong, and how much each pair is to blame
+    group_sums  the gradients of both matrices
 
-Gradients are sums over the pairs of one feature, so pairs are kept in feature order; no [pairs, d_model] array is
-ever made. Both of `propose`'s outputs and all sums run in a fixed order: the same input gives the same bits.
+No [pairs, d_model] array is ever made.
 """
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int, Int32, Int64
 from torch import Tensor
-from torch.nn.functional import embedding_bag, linear
+from torch.nn.functional import linear
 
-BLOCK_BYTES = 32 << 20
+from sae_core.dictionary.kernels import kernels
+
+BLOCK_BYTES = 8 << 20
 """Most memory that a block of the encoder product takes; the batch is cut into as many blocks as that needs."""
 
 
@@ -35,7 +35,7 @@ class SparseActs:
 
 
 class Pairs(NamedTuple):
-    """Places of a [rows, d_sae] matrix that may be other than zero, sorted by feature, then row."""
+    """Places of a [rows, d_sae] matrix that may be other than zero, sorted by row, then feature."""
 
     row: Int32[Tensor, " nnz"]
     feature: Int32[Tensor, " nnz"]
@@ -44,6 +44,25 @@ class Pairs(NamedTuple):
         """The pairs at the given places or under the given mask."""
         return Pairs(self.row[where], self.feature[where])
 
+    def starts(self, n_rows: int) -> Int64[Tensor, " rows_and_one"]:
+        """Where each row's pairs start, with the end at the end."""
+        ends = torch.arange(n_rows + 1, dtype=self.row.dtype, device=self.row.device)
+        return torch.searchsorted(self.row, ends)
+
+
+class Groups(NamedTuple):
+    """Pairs in groups: those of a feature, or of a row."""
+
+    order: Int64[Tensor, " nnz"]
+    """The pairs' places, group by group, in a group in their own order."""
+    starts: Int64[Tensor, " groups_and_one"]
+    """Where each group starts in `order`, with the end at the end."""
+
+    @classmethod
+    def by(cls, key: Int[Tensor, " nnz"], n: int) -> "Groups":
+        """The pairs of each key from 0 to n - 1."""
+        return cls(*kernels(key.device).order_by(key, n))
+
 
 def encoder_dtype(device: torch.device) -> torch.dtype:
     """Arithmetic of the encoder product: bfloat16 where the hardware multiplies it faster than float32."""
@@ -51,8 +70,16 @@ def encoder_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def low_precision(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """A copy in the encoder product's arithmetic."""
+    return x.to(encoder_dtype(x.device))
+
+
 def propose(
-    x: Float[Tensor, "rows d_model"], weight: Float[Tensor, "d_sae d_model"], bias: Float[Tensor, " d_sae"]
+    x: Float[Tensor, "rows d_model"],
+    weight: Float[Tensor, "d_sae d_model"],
+    bias: Float[Tensor, " d_sae"],
+    k: int | None = None,
 ) -> Pairs:
     """The pairs with x . weight + bias > 0, computed in the (low) precision of the arguments.
 
@@ -60,47 +87,42 @@ def propose(
         x: inputs, of `weight`'s dtype.
         weight: encoder directions as rows; the product is three times slower on a CPU the other way around.
         bias: the encoder's bias less the limit to be exceeded.
+        k: propose only what may be among the k largest of its row.
     """
-    rows = max(1, BLOCK_BYTES // (weight.shape[0] * weight.element_size()))
-    found = [_positive(linear(block, weight, bias)) + i * rows * len(weight) for i, block in enumerate(x.split(rows))]
-    flat = torch.cat(found)
-    row, feature = (flat // len(weight)).int(), (flat % len(weight)).int()
-    order = feature.argsort(stable=True)
-    return Pairs(row[order], feature[order])
-
-
-def _positive(block: Float[Tensor, "rows d_sae"]) -> Int64[Tensor, " found"]:
-    """Flat places of the positive entries, in order."""
-    if block.device.type != "cpu":
-        return (block > 0).view(-1).nonzero().squeeze(1)
-    # numpy's scan for set bytes is several times faster than torch's; a positive float is a positive integer too
-    bits = block.view(torch.int16 if block.dtype == torch.bfloat16 else torch.int32)
-    return torch.from_numpy(np.flatnonzero(bits.numpy() > 0))
+    rows = max(1, BLOCK_BYTES // (len(weight) * weight.element_size()))
+    places = kernels(x.device).places
+    counts, features = zip(*(places(linear(block, weight, bias), k) for block in x.split(rows)), strict=True)
+    row = torch.arange(len(x), dtype=torch.int32, device=x.device).repeat_interleave(torch.cat(counts))
+    return Pairs(row, torch.cat(features))
 
 
 def dots(
     a: Float32[Tensor, "m d"], i: Int[Tensor, " nnz"], b: Float32[Tensor, "n d"], j: Int[Tensor, " nnz"]
 ) -> Float32[Tensor, " nnz"]:
-    """a[i] . b[j] for each pair; fastest when `i` is sorted.
-
-    The gradient that `embedding_bag` passes to its weights is this very operation, threaded and without a
-    [pairs, d] temporary; torch has no public name for it alone.
-    """
-    starts = i.new_zeros(1)
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(a, b, j, starts, i, 0, -1)
+    """a[i] . b[j] for each pair."""
+    return kernels(a.device).dots(a, i, b, j)
 
 
-def weighted_sums(
+def reconstruct(
+    pairs: Pairs,
+    value: Float32[Tensor, " nnz"],
+    W_dec: Float32[Tensor, "d_sae d_model"],
+    target: Float32[Tensor, "rows d_model"],
+) -> tuple[Float32[Tensor, "rows d_model"], Float32[Tensor, " nnz"]]:
+    """error = decoded - target, and error[row] . W_dec[feature] for each pair: how much each is to blame."""
+    return kernels(value.device).reconstruct(W_dec, pairs.feature, value, pairs.starts(len(target)), target)
+
+
+def group_sums(
     table: Float32[Tensor, "n d"],
     index: Int[Tensor, " nnz"],
     weight: Float32[Tensor, " nnz"],
-    bag: Int[Tensor, " nnz"],
-    n_bags: int,
-) -> Float32[Tensor, "n_bags d"]:
-    """For each bag, the sum of weight * table[index] over its entries; `bag` is sorted, an empty bag gives zeros."""
-    ends = torch.arange(n_bags + 1, device=bag.device, dtype=bag.dtype)
-    starts = torch.searchsorted(bag, ends, out_int32=bag.dtype == torch.int32)
-    return embedding_bag(index, table, starts, mode="sum", per_sample_weights=weight, include_last_offset=True)
+    groups: Groups,
+    out: Float32[Tensor, "groups d"],
+) -> Float32[Tensor, "groups d"]:
+    """For each group, the sum of weight * table[index] over its pairs, into `out`."""
+    order, starts = groups
+    return kernels(table.device).weighted_sums(table, index[order], weight[order], starts, out)
 
 
 def sums(value: Float32[Tensor, " nnz"], feature: Int[Tensor, " nnz"], d_sae: int) -> Float32[Tensor, " d_sae"]:
@@ -108,14 +130,6 @@ def sums(value: Float32[Tensor, " nnz"], feature: Int[Tensor, " nnz"], d_sae: in
     return torch.bincount(feature, weights=value, minlength=d_sae).float()
 
 
-def decode(
-    pairs: Pairs, value: Float32[Tensor, " nnz"], W_dec: Float32[Tensor, "d_sae d_model"], n_rows: int
-) -> Float32[Tensor, "n_rows d_model"]:
-    """Sum of value * W_dec[feature] for each row."""
-    order = pairs.row.argsort(stable=True)
-    return weighted_sums(W_dec, pairs.feature[order], value[order], pairs.row[order], n_rows)
-
-
-def low_precision(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """A copy in the encoder product's arithmetic."""
-    return x.to(encoder_dtype(x.device))
+def kth_largest(values: Float32[Tensor, " n"], k: int) -> float:
+    """The value that ranks k-th from above; minus infinity when there are fewer."""
+    return kernels(values.device).kth_largest(values, k) if len(values) >= k else -torch.inf

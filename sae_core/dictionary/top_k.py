@@ -1,13 +1,12 @@
 """TopK with AuxK (Gao et al. 2024): the k largest activations of each token."""
 
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float32, Int32
 from torch import Tensor
-from torch.nn.functional import linear
 
-from sae_core.dictionary.architecture import pre_acts
+from sae_core.dictionary.architecture import candidates
 from sae_core.dictionary.batch_top_k import BatchTopK
-from sae_core.dictionary.sparse import BLOCK_BYTES, Pairs, low_precision
+from sae_core.dictionary.sparse import Pairs, kth_largest
 from sae_core.dictionary.weights import Learner
 
 
@@ -17,35 +16,29 @@ class TopK(BatchTopK):
         f = z where z is positive and among the k largest of its row, else 0
 
     At inference a threshold takes the place of the ranks, as with BatchTopK: the one at which k features are active
-    on a token on average. Its running value is where the k * batch largest of the batch would end.
+    on a token on average. Its running value is where the k * batch largest of the proposed pairs end.
     """
 
     def select(
         self, learner: Learner, centered: Float32[Tensor, "batch d_model"]
     ) -> tuple[Pairs, Float32[Tensor, " nnz"]]:
-        """The selected pairs, in feature order, and their activations in float32.
-
-        The encoder product proposes twice as many in a row as are wanted, so that its rounding can hardly have missed
-        one; which of them are the largest is decided in float32.
-        """
-        n = len(centered)
-        proposed = _largest(learner, centered, 2 * self.k)
-        per_row = proposed.shape[1]
-        order = proposed.flatten().argsort(stable=True)
-        pairs = Pairs((order // per_row).int(), proposed.flatten()[order].int())
-        z = pre_acts(learner.weights, centered, pairs)
-        by_row = torch.empty_like(z).scatter_(0, order, z).view(n, per_row)
-        chosen = torch.zeros_like(by_row, dtype=torch.bool).scatter_(1, by_row.topk(self.k, dim=1).indices, True)
-        self.remember(max(0.0, float(z.kthvalue(len(z) - self.k * n + 1).values)))
-        where = (chosen & (by_row > 0)).flatten()[order].nonzero().squeeze(1)
+        """The selected pairs, and their activations in float32, in which ranks are decided."""
+        pairs, z = candidates(learner, centered, k=self.k)
+        self.remember(max(0.0, kth_largest(z, self.k * len(centered))))
+        where = (largest_of_rows(pairs.row, z, len(centered), self.k) & (z > 0)).nonzero().squeeze(1)
         return pairs.at(where), z[where]
 
 
-def _largest(
-    learner: Learner, centered: Float32[Tensor, "batch d_model"], count: int
-) -> Int64[Tensor, "batch per_row"]:
-    """The features with the largest pre-activations of each row, in the encoder product's arithmetic."""
-    weight, bias = learner.W_enc_low, low_precision(learner.weights.b_enc)
-    rows = max(1, BLOCK_BYTES // (len(weight) * weight.element_size()))
-    blocks = low_precision(centered).split(rows)
-    return torch.cat([linear(block, weight, bias).topk(min(count, len(weight)), dim=1).indices for block in blocks])
+def largest_of_rows(
+    row: Int32[Tensor, " nnz"], z: Float32[Tensor, " nnz"], n_rows: int, k: int
+) -> Bool[Tensor, " nnz"]:
+    """Which values are among the k largest of their row; `row` is sorted."""
+    counts = torch.bincount(row, minlength=n_rows)
+    width = int(counts.max())
+    if width <= k:
+        return torch.ones_like(z, dtype=torch.bool)
+    column = torch.arange(len(z), device=z.device) - (counts.cumsum(0) - counts)[row]
+    place = row * width + column
+    table = z.new_full((n_rows * width,), -torch.inf).index_put_((place,), z).view(n_rows, width)
+    top = table.topk(k, dim=1).indices
+    return torch.zeros_like(table, dtype=torch.bool).scatter_(1, top, True).view(-1)[place]

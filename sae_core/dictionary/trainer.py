@@ -114,10 +114,10 @@ class Training:
         x = batch.to(self.silent_for.device).float() * self.scale
         dead = self.silent_for >= self.settings.dead_after_tokens
         step = self.architecture.step(self.learner, x, dead, self.done / self.n_steps)
-        fvu = step.squared_error / float((x - x.mean(0)).square().sum())
+        fvu = step.squared_error / float(torch.linalg.vector_norm(x - x.mean(0)) ** 2)
         if not fvu <= DIVERGED:
             raise self._failure(batch, fvu)
-        norm = self.learner.update(step.gradients, self.done, lr)
+        norm = self.learner.update(self.done, lr)
         self.silent_for += len(x)
         self.silent_for[step.n_fired > 0] = 0
         metrics = StepMetrics(
@@ -128,7 +128,7 @@ class Training:
             aux=step.aux,
             dead=float(dead.double().mean()),
             lr=lr,
-            grad_norm=float(norm),
+            grad_norm=norm,
             threshold=float(torch.as_tensor(self._thresholds(), dtype=torch.float64).mean()),
         )
         self.history.append(metrics)

@@ -5,12 +5,10 @@ from dataclasses import dataclass, fields
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
-from torch.optim.adam import adam
 
+from sae_core.dictionary.kernels import kernels
 from sae_core.dictionary.sparse import low_precision
 
-BETAS = (0.9, 0.999)  # Anthropic, April 2024; Adam's own defaults
-EPSILON = 1e-8
 MAX_NORM = 1.0
 """Gradients of a larger norm, over all weights together, are scaled down to it (Anthropic, April 2024)."""
 
@@ -43,6 +41,12 @@ class Weights:
         """Zeros of the same shapes."""
         return Weights(*(torch.zeros_like(tensor) for tensor in self.tensors()))
 
+    def zero_(self) -> "Weights":
+        """These, set to zero."""
+        for tensor in self.tensors():
+            tensor.zero_()
+        return self
+
     def tensors(self) -> list[Tensor]:
         """All that there are, in the order of the fields."""
         return list(self._named().values())
@@ -70,21 +74,22 @@ class Learner:
         self.mean, self.square = mean or weights.zeros(), square or weights.zeros()
         self.W_enc_low: Float[Tensor, "d_sae d_model"] = low_precision(weights.W_enc)
         """W_enc in the arithmetic of the encoder product, kept up to date."""
+        self.gradients = weights.zeros()
+        """Of the last batch; written over by the next."""
 
-    def update(self, gradients: Weights, step: int, lr: float) -> Float32[Tensor, ""]:
+    def update(self, step: int, lr: float) -> float:
         """One step of Adam, the `step`-th counted from 0, in place; returns the norm of the gradients before clipping.
 
         The decoder's gradient loses its part along each row, which only the norm constraint would undo.
         """
-        remove_parallel(gradients.W_dec, self.weights.W_dec)
-        norm = torch.nn.utils.get_total_norm(gradients.tensors())
-        adam(
-            self.weights.tensors(), gradients.tensors(), self.mean.tensors(), self.square.tensors(), [],
-            [torch.tensor(float(step), device=norm.device) for _ in gradients.tensors()],
-            fused=True, grad_scale=(norm / MAX_NORM).clamp(min=1), amsgrad=False, maximize=False, weight_decay=0.0,
-            beta1=BETAS[0], beta2=BETAS[1], eps=EPSILON, lr=lr,
-        )  # fmt: skip
-        self.weights.W_dec.div_(torch.linalg.vector_norm(self.weights.W_dec, dim=1, keepdim=True))
+        device_kernels = kernels(self.weights.W_dec.device)
+        device_kernels.remove_parallel(self.gradients.W_dec, self.weights.W_dec)
+        norm = float(torch.nn.utils.get_total_norm(self.gradients.tensors()))
+        scale = MAX_NORM / max(norm, MAX_NORM)
+        of_each = (x.tensors() for x in (self.weights, self.gradients, self.mean, self.square))
+        for weight, gradient, mean, square in zip(*of_each, strict=True):
+            unit_rows = weight is self.weights.W_dec
+            device_kernels.adam(weight, gradient, mean, square, step, lr, scale, unit_rows)
         self.W_enc_low.copy_(self.weights.W_enc)
         if self.weights.threshold is not None:
             self.weights.threshold.clamp_(min=0)
@@ -98,8 +103,3 @@ class Learner:
     def from_state(cls, state: dict[str, Tensor]) -> "Learner":
         """What `state` gave."""
         return cls(*(Weights.from_state(state, prefix) for prefix in ("weights", "adam_mean", "adam_square")))
-
-
-def remove_parallel(gradient: Float32[Tensor, "d_sae d_model"], rows: Float32[Tensor, "d_sae d_model"]) -> None:
-    """Take from each row of the gradient its part along the (unit) row of weights, in place."""
-    gradient.addcmul_(torch.linalg.vecdot(gradient, rows).unsqueeze(1), rows, value=-1)

@@ -50,36 +50,35 @@ def dense_loss(weights: list[torch.Tensor], x: torch.Tensor, dead: torch.Tensor,
     return loss
 
 
-def both(dead: torch.Tensor, coefficient: float) -> tuple[Step, list[torch.Tensor]]:
-    """Our step, and the gradients that autograd finds."""
-    learned, x = learner(), inputs()
-    step = BatchTopK(K, coefficient, VARIANCE).step(learned, x, dead, progress=0.5)
-    leaves = [tensor.clone().requires_grad_() for tensor in learned.weights.tensors()]
-    return step, list(torch.autograd.grad(dense_loss(leaves, x, dead, coefficient), leaves))
+def step(dead: torch.Tensor, coefficient: float) -> tuple[Step, Learner]:
+    """One step, and the learner with its gradients."""
+    learned = learner()
+    return BatchTopK(K, coefficient, VARIANCE).step(learned, inputs(), dead, progress=0.5), learned
 
 
 @pytest.mark.parametrize("n_dead", [0, 1, D_MODEL // 2, D_MODEL // 2 + 1, D_SAE])
 def test_gradients_equal_those_of_autograd(n_dead: int) -> None:
     dead = torch.arange(D_SAE) < n_dead
-    step, expected = both(dead, coefficient=0.5)
+    _, learned = step(dead, coefficient=0.5)
+    leaves = [tensor.clone().requires_grad_() for tensor in learned.weights.tensors()]
+    expected = torch.autograd.grad(dense_loss(leaves, inputs(), dead, 0.5), leaves)
     for name, ours, theirs in zip(
-        ("W_enc", "b_enc", "W_dec", "b_dec"), step.gradients.tensors(), expected, strict=True
+        ("W_enc", "b_enc", "W_dec", "b_dec"), learned.gradients.tensors(), expected, strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_aux_k_leaves_the_living_alone() -> None:
     dead = torch.arange(D_SAE) < 5
-    with_aux, _ = both(dead, coefficient=1.0)
-    without, _ = both(dead, coefficient=0.0)
-    assert torch.equal(with_aux.gradients.W_dec[5:], without.gradients.W_dec[5:])
-    assert torch.equal(with_aux.gradients.W_enc[5:], without.gradients.W_enc[5:])
-    assert not torch.equal(with_aux.gradients.W_dec[:5], without.gradients.W_dec[:5])
+    with_aux, without = (step(dead, coefficient)[1].gradients for coefficient in (1.0, 0.0))
+    assert torch.equal(with_aux.W_dec[5:], without.W_dec[5:])
+    assert torch.equal(with_aux.W_enc[5:], without.W_enc[5:])
+    assert not torch.equal(with_aux.W_dec[:5], without.W_dec[:5])
 
 
 def test_aux_loss_grows_with_the_number_of_dead_features() -> None:
     """The factor is n_dead / k_aux up to 1: without it a handful would be asked to explain everything."""
-    one, _ = both(torch.arange(D_SAE) < 1, coefficient=1.0)
+    one, _ = step(torch.arange(D_SAE) < 1, coefficient=1.0)
     assert 0 < one.aux < 2 / (D_MODEL // 2)
 
 
@@ -120,10 +119,10 @@ def test_fewer_positive_values_than_wanted_are_all_selected() -> None:
 def test_nothing_positive_selects_nothing_and_still_steps() -> None:
     learned = learner()
     learned.weights.b_enc.fill_(-100.0)
-    step = BatchTopK(K, 0.0, VARIANCE).step(learned, inputs(), torch.zeros(D_SAE, dtype=torch.bool), progress=0.5)
-    assert step.n_active == 0
-    assert step.n_fired.sum() == 0
-    assert all(gradient.isfinite().all() for gradient in step.gradients.tensors())
+    taken = BatchTopK(K, 0.0, VARIANCE).step(learned, inputs(), torch.zeros(D_SAE, dtype=torch.bool), progress=0.5)
+    assert taken.n_active == 0
+    assert taken.n_fired.sum() == 0
+    assert all(gradient.isfinite().all() for gradient in learned.gradients.tensors())
 
 
 def test_running_threshold_is_an_average_without_the_pull_of_its_start() -> None:

@@ -1,4 +1,4 @@
-"""Each kernel against the plainest thing that computes the same."""
+"""Pairs, and what is made of kernels, against the plainest thing that computes the same."""
 
 import pytest
 import torch
@@ -6,18 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_core.dictionary import sparse
-from sae_core.dictionary.sparse import Pairs, decode, dots, propose, sums, weighted_sums
+from sae_core.dictionary.sparse import Groups, Pairs, group_sums, kth_largest, propose, reconstruct, sums
 
 N, D_SAE, D_MODEL = 7, 11, 5
 
 
 @pytest.fixture
 def pairs() -> Pairs:
-    mask = torch.rand(D_SAE, N, generator=torch.Generator().manual_seed(1)) < 0.3
-    mask[4] = False  # a feature that never fires
-    mask[:, 2] = False  # a row on which nothing fires
-    feature, row = mask.nonzero().int().unbind(1)
-    return Pairs(row, feature)
+    mask = torch.rand(N, D_SAE, generator=torch.Generator().manual_seed(1)) < 0.3
+    mask[:, 4] = False  # a feature that never fires
+    mask[2] = False  # a row on which nothing fires
+    return Pairs(*mask.nonzero().int().unbind(1))
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -26,19 +25,17 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("block_bytes", [1, 40, 1 << 20])
-def test_every_positive_place_is_proposed_once_in_feature_order(
+def test_every_positive_place_is_proposed_once_in_row_order(
     dtype: torch.dtype, block_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sparse, "BLOCK_BYTES", block_bytes)
     x, weight, bias = normal(N, D_MODEL).to(dtype), normal(D_SAE, D_MODEL).to(dtype), normal(D_SAE).to(dtype)
+    z = x.double() @ weight.double().T + bias.double()
     found = propose(x, weight, bias)
-    expected = [
-        (i, n) for i in range(D_SAE) for n in range(N) if float(x[n].double() @ weight[i].double() + bias[i]) > 1e-2
-    ]
-    got = list(zip(found.feature.tolist(), found.row.tolist(), strict=True))
+    got = list(zip(found.row.tolist(), found.feature.tolist(), strict=True))
     assert got == sorted(set(got))
-    assert set(expected) <= set(got)
-    assert all(float(x[n].double() @ weight[i].double() + bias[i]) > -1e-2 for i, n in got)
+    assert {(n, i) for n in range(N) for i in range(D_SAE) if z[n, i] > 1e-2} <= set(got)
+    assert all(z[n, i] > -1e-2 for n, i in got)
 
 
 def test_nan_and_negative_zero_are_not_proposed() -> None:
@@ -47,18 +44,13 @@ def test_nan_and_negative_zero_are_not_proposed() -> None:
     assert set(found.feature.tolist()) - {1} == {2}
 
 
-def test_dots_are_dot_products(pairs: Pairs) -> None:
-    a, b = normal(D_SAE, D_MODEL), normal(N, D_MODEL, seed=1)
-    expected = [float(a[i] @ b[j]) for i, j in zip(pairs.feature, pairs.row, strict=True)]
-    torch.testing.assert_close(dots(a, pairs.feature, b, pairs.row), torch.tensor(expected))
-
-
-def test_weighted_sums_are_sums_over_bags(pairs: Pairs) -> None:
+def test_group_sums_are_sums_over_the_pairs_of_a_key(pairs: Pairs) -> None:
     table, weight = normal(N, D_MODEL), normal(len(pairs.row), seed=2)
     expected = torch.zeros(D_SAE, D_MODEL)
-    for i, n, w in zip(pairs.feature, pairs.row, weight, strict=True):
+    for n, i, w in zip(pairs.row, pairs.feature, weight, strict=True):
         expected[i] += w * table[n]
-    torch.testing.assert_close(weighted_sums(table, pairs.row, weight, pairs.feature, D_SAE), expected)
+    out = torch.empty(D_SAE, D_MODEL)
+    torch.testing.assert_close(group_sums(table, pairs.row, weight, Groups.by(pairs.feature, D_SAE), out), expected)
 
 
 def test_sums_are_sums_over_features(pairs: Pairs) -> None:
@@ -67,30 +59,39 @@ def test_sums_are_sums_over_features(pairs: Pairs) -> None:
     torch.testing.assert_close(sums(value, pairs.feature, D_SAE), expected)
 
 
-def test_decoding_is_a_product_with_the_decoder(pairs: Pairs) -> None:
-    value, W_dec = normal(len(pairs.row)), normal(D_SAE, D_MODEL, seed=3)
+def test_a_reconstruction_is_a_product_with_the_decoder(pairs: Pairs) -> None:
+    value, W_dec, target = normal(len(pairs.row)), normal(D_SAE, D_MODEL, seed=3), normal(N, D_MODEL, seed=4)
     dense = torch.zeros(N, D_SAE)
     dense[pairs.row.long(), pairs.feature.long()] = value
-    torch.testing.assert_close(decode(pairs, value, W_dec, N), dense @ W_dec)
+    torch.testing.assert_close(reconstruct(pairs, value, W_dec, target)[0], dense @ W_dec - target)
 
 
 def test_nothing_active_gives_zeros() -> None:
     none = Pairs(torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.int32))
-    assert decode(none, torch.zeros(0), normal(D_SAE, D_MODEL), N).eq(torch.zeros(N, D_MODEL)).all()
+    error, pull = reconstruct(none, torch.zeros(0), normal(D_SAE, D_MODEL), normal(N, D_MODEL, seed=4))
+    assert torch.equal(error, -normal(N, D_MODEL, seed=4))
+    assert not len(pull)
     assert sums(torch.zeros(0), none.feature, D_SAE).eq(torch.zeros(D_SAE)).all()
+
+
+def test_of_too_few_values_none_ranks_kth() -> None:
+    assert kth_largest(torch.tensor([3.0, 1.0, 2.0]), 2) == 2
+    assert kth_largest(torch.tensor([3.0]), 2) == -torch.inf
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(0, 40), st.integers(0, 10_000))
-def test_gradients_of_decoding_are_the_other_kernels(n_pairs: int, seed: int) -> None:
-    """d(loss)/d(value) is `dots`, d(loss)/d(W_dec) is `weighted_sums` over features: both as autograd finds them."""
+def test_gradients_of_decoding_are_the_other_operations(n_pairs: int, seed: int) -> None:
+    """Those for the values come with the error, those for W_dec are group sums: both as autograd finds them."""
     generator = torch.Generator().manual_seed(seed)
     flat = torch.randperm(N * D_SAE, generator=generator)[:n_pairs].sort().values.int()
-    pairs = Pairs(flat % N, flat // N)
+    pairs = Pairs(flat // D_SAE, flat % D_SAE)
     value = torch.randn(n_pairs, generator=generator, requires_grad=True)
     W_dec = torch.randn(D_SAE, D_MODEL, generator=generator, requires_grad=True)
-    upstream = torch.randn(N, D_MODEL, generator=generator)
+    target = torch.randn(N, D_MODEL, generator=generator)
     dense = torch.zeros(N, D_SAE).index_put((pairs.row.long(), pairs.feature.long()), value)
-    d_value, d_W_dec = torch.autograd.grad((dense @ W_dec * upstream).sum(), [value, W_dec])
-    torch.testing.assert_close(dots(W_dec.detach(), pairs.feature, upstream, pairs.row), d_value)
-    torch.testing.assert_close(weighted_sums(upstream, pairs.row, value.detach(), pairs.feature, D_SAE), d_W_dec)
+    d_value, d_W_dec = torch.autograd.grad((dense @ W_dec - target).square().sum() / 2, [value, W_dec])
+    error, pull = reconstruct(pairs, value.detach(), W_dec.detach(), target)
+    torch.testing.assert_close(pull, d_value)
+    groups, out = Groups.by(pairs.feature, D_SAE), torch.empty(D_SAE, D_MODEL)
+    torch.testing.assert_close(group_sums(error, pairs.row, value.detach(), groups, out), d_W_dec)
