@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae_core.artifacts import write_atomically
-from sae_core.dictionary.sparse import Pairs, SparseActs, decode, dots, low_precision, propose
+from sae_core.dictionary.sparse import BLOCK_BYTES, Pairs, SparseActs, decode, dots, low_precision, propose
 from sae_core.errors import MindAtlasError
 from sae_core.study import Architecture
 
@@ -42,12 +42,16 @@ class Dictionary:
         feature_acts = z * (z > threshold)
         x_hat = feature_acts @ W_dec + b_dec
 
+    With `rank_scale`, which only imported dictionaries have, of each token's feature_acts the `config["k"]` largest,
+    as feature_acts * rank_scale ranks them, are kept: a TopK whose selection no threshold stands for.
+
     Attributes (float32):
         W_enc: [d_model, d_sae].
         b_enc: [d_sae].
         W_dec: [d_sae, d_model], unit rows.
         b_dec: [d_model].
         threshold: [d_sae], in the units of the activations, never negative.
+        rank_scale: [d_sae], positive; or None.
         config: `architecture`, `d_model`, `d_sae`, and what the architecture was trained with (`k`).
     """
 
@@ -59,9 +63,11 @@ class Dictionary:
         b_dec: Float32[Tensor, " d_model"],
         threshold: Float32[Tensor, " d_sae"],
         config: dict[str, Any],
+        rank_scale: Float32[Tensor, " d_sae"] | None = None,
     ) -> None:
         self._directions = W_enc.T.contiguous()  # features as rows: what the kernels read
         self.b_enc, self.W_dec, self.b_dec, self.threshold = b_enc, W_dec, b_dec, threshold
+        self.rank_scale = rank_scale
         self.config = config | {"d_model": self.d_model, "d_sae": self.d_sae}
 
     @property
@@ -91,18 +97,35 @@ class Dictionary:
     def encode(self, x: Float[Tensor, "batch d_model"]) -> Float32[Tensor, "batch d_sae"]:
         """Feature activations as a dense array: for small batches."""
         z = self.pre_acts(x)
-        return z * (z > self.threshold)
+        acts = z * (z > self.threshold)
+        if self.rank_scale is None:
+            return acts
+        largest = (acts * self.rank_scale).topk(self.config["k"], dim=1).indices
+        return torch.zeros_like(acts).scatter_(1, largest, acts.gather(1, largest))
 
     def encode_sparse(self, x: Float[Tensor, "batch d_model"]) -> SparseActs:
         """Feature activations that are not zero, in row order; memory is bounded by `sparse.BLOCK_BYTES` and by L0.
 
-        The values are float32; the bfloat16 product only proposes where to look.
+        The values are float32; the bfloat16 product only proposes where to look. Ranks need the whole product in
+        float32, and so several times as long.
         """
+        if self.rank_scale is not None:
+            return self._encode_blocks(x)
         pairs, value = self.candidates(x, self.threshold)
         fires = (value > self.threshold[pairs.feature]).nonzero().squeeze(1)
         order = fires[pairs.row[fires].argsort(stable=True)]
         row, feature = pairs.at(order)
         return SparseActs(row.long(), feature.long(), value[order], len(x))
+
+    def _encode_blocks(self, x: Float[Tensor, "batch d_model"]) -> SparseActs:
+        rows = max(1, BLOCK_BYTES // (4 * self.d_sae))
+        found = []
+        for i, block in enumerate(x.split(rows)):
+            acts = self.encode(block)
+            row, feature = acts.nonzero(as_tuple=True)
+            found.append((row + i * rows, feature, acts[row, feature]))
+        row, feature, value = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return SparseActs(row, feature, value, len(x))
 
     def candidates(
         self, x: Float[Tensor, "batch d_model"], limit: Float32[Tensor, " d_sae"]
@@ -149,10 +172,11 @@ class Dictionary:
         return cls(**tensors, config=config)
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {
+        tensors = {
             "W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec,
             "threshold": self.threshold,
         }  # fmt: skip
+        return tensors if self.rank_scale is None else tensors | {"rank_scale": self.rank_scale}
 
     @cached_property
     def _low(self) -> Float[Tensor, "d_sae d_model"]:
@@ -179,6 +203,10 @@ def _verify(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) ->
         "W_enc": (d_model, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_model), "b_dec": (d_model,),
         "threshold": (d_sae,),
     }  # fmt: skip
+    if "rank_scale" in tensors:
+        shapes["rank_scale"] = (d_sae,)
+        if not isinstance(k := config.get("k"), int) or not 1 <= k <= d_sae:
+            raise refuse(f"k = {k!r}; with rank_scale it must be a whole number from 1 to d_sae = {d_sae}")
     if tensors.keys() != shapes.keys():
         raise refuse(f"{WEIGHTS} holds {', '.join(sorted(tensors))}, expected {', '.join(sorted(shapes))}")
     for name, shape in shapes.items():
@@ -191,3 +219,5 @@ def _verify(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) ->
         raise refuse("W_dec has rows that are not of unit norm")
     if tensors["threshold"].min() < 0:
         raise refuse("threshold is negative somewhere")
+    if "rank_scale" in tensors and tensors["rank_scale"].min() <= 0:
+        raise refuse("rank_scale is not positive everywhere")
