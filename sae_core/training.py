@@ -88,8 +88,9 @@ def build_dictionary(
     """
     source = Activations.open(activations)
     require_space(folder, 4 * SPACE * settings.d_sae * source.d_model)
+    effort: dict[str, Any] = {}
     if settings.source:
-        dictionary, effort = _imported(settings, source.d_model).to(device), {}
+        dictionary = _imported(settings, source.d_model).to(device)
     else:
         dictionary, effort = _trained(settings, source, folder, device, report)
     dictionary.save(folder)

@@ -21,6 +21,7 @@ from sae_core.dictionary import Dictionary
 from sae_core.interop.foreign import (
     InteropError,
     Layout,
+    active,
     count,
     fold,
     from_gated,
@@ -164,10 +165,8 @@ def _architecture(kind: _Class, trainer: dict[str, Any]) -> str:
 
 def _k(path: Path, trainer: dict[str, Any], buffer: Tensor | None, d_sae: int, kind: _Class) -> int:
     """k of the config, which must be the weights' own where these hold one."""
-    k = count(path, trainer, "k")
+    k = active(path, trainer, d_sae)
     if "k" in kind.whole and (buffer is None or buffer.numel() != 1 or int(buffer) != k):
         held = "none" if buffer is None else buffer.tolist()
         raise InteropError(f"{path} says k = {k}, {WEIGHTS} holds {held}: the two files do not belong together")
-    if k > d_sae:
-        raise InteropError(f"{path} says k = {k}, more than its {d_sae} features")
     return k

@@ -10,6 +10,7 @@ with rank_scale = 1 / n. All folding is done in float64.
 
 import json
 import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,11 @@ Layout = Mapping[str, tuple[str, str]]
 
 _AXES = {"W_enc": "df", "W_dec": "fd"}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_DAMAGE = (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError)
+_DAMAGE = (
+    OSError, RuntimeError, ValueError, LookupError, EOFError, TypeError, AttributeError, AssertionError, MemoryError,
+    ArithmeticError, struct.error, pickle.UnpicklingError, SafetensorError,
+)  # fmt: skip
+"""What torch's weights-only unpickler was seen to raise on files with one byte changed, and its like."""
 
 
 class InteropError(MindAtlasError):
@@ -65,6 +70,14 @@ def count(path: Path, config: dict[str, Any], key: str) -> int:
     return value
 
 
+def active(path: Path, config: dict[str, Any], d_sae: int) -> int:
+    """k of the config, a count of features. Raises InteropError as `count`, or when there are not so many."""
+    k = count(path, config, "k")
+    if k > d_sae:
+        raise InteropError(f"{path} says k = {k}, more than its {d_sae} features: the file is damaged")
+    return k
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors or torch file; of the latter only one that holds nothing but tensors by name.
 
@@ -76,8 +89,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGE as error:
-        why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InteropError(f"{path} cannot be read ({why[:200]}): it is damaged, or holds more than weights") from None
+        why = str(error) if path.suffix == ".safetensors" else type(error).__name__  # torch's advice is to run it
+        raise InteropError(f"{path} cannot be read ({why}): it is damaged, or holds more than tensors") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         held = ", ".join(map(str, tensors)) if isinstance(tensors, dict) else type(tensors).__name__
         raise InteropError(f"{path} holds no table of tensors ({held[:200]}): give a finished dictionary's own file")

@@ -18,6 +18,7 @@ import torch
 from sae_core.dictionary import Dictionary
 from sae_core.interop.foreign import (
     InteropError,
+    active,
     count,
     fold,
     from_gated,
@@ -156,9 +157,7 @@ def _trained_as(path: Path, config: dict[str, Any], metadata: dict[str, Any], d_
     architecture = config["architecture"]
     details = part(path, metadata, "training_architecture_details")
     if architecture == "topk":
-        if (k := count(path, config, "k")) > d_sae:
-            raise InteropError(f"{path} says k = {k}, more than its {d_sae} features")
-        return {"architecture": "top_k", "k": k}
+        return {"architecture": "top_k", "k": active(path, config, d_sae)}
     if architecture == "jumprelu":
         architecture = str(metadata.get("training_architecture"))
     k, penalty = details.get("k"), details.get("l1_coefficient")

@@ -1,10 +1,12 @@
 """sparsify: `cfg.json` and `sae.safetensors`; always a TopK, f = the k largest relu((x - b_dec) @ W_enc + b_enc)."""
 
 from pathlib import Path
+from typing import Any
 
 from sae_core.dictionary import Dictionary
 from sae_core.interop.foreign import (
     InteropError,
+    active,
     count,
     fold,
     precision,
@@ -50,11 +52,10 @@ def read(folder: Path) -> Dictionary:
     d_model = count(path, config, "d_in")
     as_factor = not config.get("num_latents")
     d_sae = d_model * count(path, config, "expansion_factor") if as_factor else count(path, config, "num_latents")
-    if (k := count(path, config, "k")) > d_sae:
-        raise InteropError(f"{path} says k = {k}, more than its {d_sae} features")
     tensors = read_tensors(folder / WEIGHTS)
     weights = take(folder / WEIGHTS, tensors, _LAYOUT, d_model, d_sae)
-    ours = {"architecture": "top_k", "k": k, "imported": {"format": "sparsify", "dtype": precision(tensors)}}
+    ours: dict[str, Any] = {"architecture": "top_k", "k": active(path, config, d_sae)}
+    ours["imported"] = {"format": "sparsify", "dtype": precision(tensors)}
     return fold(folder / WEIGHTS, weights, ours, centered=True, ranked=True)
 
 
