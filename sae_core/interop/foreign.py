@@ -28,6 +28,9 @@ from sae_core.errors import MindAtlasError
 Layout = Mapping[str, tuple[str, str]]
 """For each tensor, by our name: its name in the file, and its axes there, `d` for d_model and `f` for d_sae."""
 
+ROUNDING = 1e-6
+"""How far from 1 the norm of a unit row may be in float32."""
+
 _AXES = {"W_enc": "df", "W_dec": "fd"}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DAMAGE = (
@@ -168,6 +171,7 @@ def fold(
     """
     W_enc, b_enc, W_dec, b_dec = (weights[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
     norms: Float64[Tensor, " d_sae"] = torch.linalg.vector_norm(W_dec, dim=1)
+    norms[(norms - 1).abs() < ROUNDING] = 1  # so that what has unit rows comes back bit for bit
     if not norms.all():
         zero = int((norms == 0).nonzero()[0])
         raise InteropError(f"{path}: feature {zero} has a decoder row of zeros, so it says nothing: remove it first")

@@ -76,7 +76,7 @@ def write(dictionary: Dictionary, folder: Path, site: Site | None = None) -> Non
             "sparsify knows only the k largest activations of each token, and this dictionary's features fire above "
             "thresholds: export it as saelens or dictionary_learning"
         )
-    unit = bool((dictionary.rank_scale - 1).abs().max() < 1e-6)
+    unit = bool((dictionary.rank_scale == 1).all())
     config = {
         "activation": "topk", "num_latents": dictionary.d_sae, "k": dictionary.config["k"], "d_in": dictionary.d_model,
         "normalize_decoder": unit, "multi_topk": False, "skip_connection": False, "transcode": False,
