@@ -26,7 +26,7 @@ DictionaryRun = launchpad(DictionarySettings, "architecture", "d_sae", "k", "l1_
     check_specs=specs("dictionary"),
 )
 def dictionary(context: dg.AssetExecutionContext, config: DictionaryRun, workshop: Workshop) -> dg.MaterializeResult:
-    """A sparse autoencoder, trained with checkpoints, folded to unit decoder rows, measured on held-out text."""
+    """A sparse autoencoder, trained with checkpoints or imported, of unit decoder rows, measured on held-out text."""
     from sae_core.training import build_dictionary
 
     return workshop.make(

@@ -38,7 +38,12 @@ def sparkline(values: Sequence[float], title: str) -> dg.MetadataValue:
 
 
 def training_curves(metrics: Path) -> dict[str, dg.MetadataValue]:
-    """`metrics.parquet` of a dictionary: FVU in place, and FVU, L0, dead and learning rate as one picture."""
+    """`metrics.parquet` of a dictionary: FVU in place, and FVU, L0, dead and learning rate as one picture.
+
+    Nothing of a dictionary that was imported, which has no such file.
+    """
+    if not metrics.exists():
+        return {}
     table = pq.read_table(metrics).to_pydict()
     panels = {name: (table["tokens"], table[name]) for name in ("fvu", "l0", "dead", "lr") if name in table}
     return {"fvu_curve": sparkline(table["fvu"], "fvu"), "training": _picture(panels)}

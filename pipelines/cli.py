@@ -207,7 +207,6 @@ def steer(
 
     from pipelines.console import print_json
     from pipelines.summary import show_side_by_side
-    from sae_core.dictionary import Dictionary
     from sae_core.steering import Clamp, clamp_edit
     from sae_core.study import DictionarySpec
 
@@ -215,8 +214,7 @@ def steer(
     atlas = _atlas(study, dictionary)
     site = DictionarySpec.parse(atlas.dictionary).site
     max_acts = torch.tensor(atlas.features.table()["max_act"].to_numpy())
-    trained = Dictionary.load(atlas.store.get("dictionary", atlas.dictionary).folder)
-    edit = clamp_edit(trained, wanted, max_acts, atlas.sink_norm)
+    edit = clamp_edit(_dictionary(atlas), wanted, max_acts, atlas.sink_norm)
     lm = _model(atlas)
 
     def answer() -> str:
@@ -227,6 +225,29 @@ def steer(
         answers["steered"] = answer()
     answers["clamps"] = [{**c._asdict(), "label": atlas.name(c.feature)} for c in wanted]
     print_json(answers) if json_ else show_side_by_side(answers)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--format", "format_", required=True, type=click.Choice(["saelens", "dictionary_learning", "sparsify"]),
+    help="The library that is to read it.",
+)  # fmt: skip
+@chosen
+@as_json
+def export(folder: Path, format_: str, study: str, dictionary: str, json_: bool) -> None:
+    """Write a dictionary into the new folder FOLDER, in another library's format."""
+    from pipelines.console import out, print_json
+    from sae_core import interop
+    from sae_core.study import DictionarySpec
+
+    atlas = _atlas(study, dictionary)
+    interop.write(_dictionary(atlas), folder, format_, DictionarySpec.parse(atlas.dictionary).site)
+    written = {"dictionary": atlas.dictionary, "format": format_, "folder": str(folder.absolute())}
+    if json_:
+        print_json(written)
+    else:
+        out.print(f"{atlas.dictionary} is in {written['folder']}, as {format_} reads it", markup=False)
 
 
 @cli.command()
@@ -282,6 +303,13 @@ def _atlas(study: str, dictionary: str) -> Any:
     if dictionary and dictionary not in made:
         raise MindAtlasError(f"no finished dictionary {dictionary}: finished are {', '.join(sorted(made))}")
     return Atlas.open(store, dictionary or max(made, key=lambda slug: made[slug]))
+
+
+def _dictionary(atlas: Any) -> Any:
+    """The dictionary that an atlas describes."""
+    from sae_core.dictionary import Dictionary
+
+    return Dictionary.load(atlas.store.get("dictionary", atlas.dictionary).folder)
 
 
 def _model(atlas: Any) -> Any:

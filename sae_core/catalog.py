@@ -67,6 +67,16 @@ def identify_text(source: Source) -> str:
     return f"{found}@{source.revision or 'main'}"
 
 
+def identify_dictionary(source: str) -> str:
+    """What another library's dictionary is: `sha256:...` of its folder. Raises CatalogError when there is none."""
+    path = Path(source).expanduser()
+    if not path.is_absolute() or not path.is_dir():
+        raise CatalogError(
+            f"dictionary.source: there is no folder {source}: correct the path (begin it with ./, / or ~)"
+        )
+    return f"sha256:{_content(path)}"
+
+
 def find_model(settings: ModelSettings, report: Report = silent) -> FoundModel:
     """Where the model can be loaded from; a catalog model is fetched first, which the report counts in bytes.
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sae_core.artifacts import Recipe
-from sae_core.catalog import identify_model, identify_text
+from sae_core.catalog import identify_dictionary, identify_model, identify_text
 from sae_core.settings import Settings
 from sae_core.study import CorpusSettings, DictionarySettings, LabelSettings, ModelSettings, Study
 
@@ -39,7 +39,7 @@ def _dictionary_recipes(
     study: Study, dictionary: DictionarySettings, corpus: Recipe, activations: Recipe
 ) -> Iterator[Recipe]:
     slug = study.spec(dictionary).slug
-    trained = _recipe("dictionary", slug, _settings(dictionary), corpus, activations)
+    trained = _recipe("dictionary", slug, _dictionary_settings(dictionary), corpus, activations)
     features = _recipe("features", slug, _settings(study.features), corpus, activations, trained)
     yield trained
     yield features
@@ -54,6 +54,12 @@ def _recipe(stage: str, slug: str, settings: dict[str, Any], *parents: Recipe) -
 
 def _settings(settings: Settings) -> dict[str, Any]:
     return settings.model_dump(mode="json")
+
+
+def _dictionary_settings(dictionary: DictionarySettings) -> dict[str, Any]:
+    """The dictionary's settings, with the content of one that is imported in place of where it lies."""
+    source = {"source": identify_dictionary(dictionary.source)} if dictionary.source else {}
+    return _settings(dictionary) | source
 
 
 def _label_settings(labels: LabelSettings) -> dict[str, Any]:

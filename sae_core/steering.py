@@ -44,11 +44,11 @@ def clamp_edit(
         return lambda x: x
     chosen = torch.tensor([clamp.feature for clamp in clamps], device=max_acts.device)
     target = torch.tensor([clamp.strength for clamp in clamps], device=max_acts.device) * max_acts[chosen].float()
-    part = _restrict(dictionary, chosen)
+    W_dec, encode = dictionary.W_dec[chosen], _encoder(dictionary, chosen)
 
     def edit(x: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "batch length d_model"]:
         rows = x.reshape(-1, x.shape[-1]).float()
-        change = (target - part.encode(rows)) @ part.W_dec
+        change = (target - encode(rows)) @ W_dec
         change[rows.norm(dim=1) > sink_norm] = 0
         return (rows + change).to(x.dtype).view_as(x)
 
@@ -67,9 +67,11 @@ def _check(clamps: Sequence[Clamp], max_acts: Float[Tensor, " d_sae"]) -> None:
         raise SteeringError("a feature is clamped twice: give each feature one strength")
 
 
-def _restrict(dictionary: Dictionary, features: Tensor) -> Dictionary:
-    """The dictionary with only these features: they alone need computing."""
-    return Dictionary(
+def _encoder(dictionary: Dictionary, features: Tensor) -> Callable[[Tensor], Tensor]:
+    """Computes these features alone, except where each fires only if it is among the largest of all."""
+    if dictionary.rank_scale is not None:
+        return lambda rows: dictionary.encode(rows)[:, features]
+    part = Dictionary(
         dictionary.W_enc[:, features],
         dictionary.b_enc[features],
         dictionary.W_dec[features],
@@ -77,3 +79,4 @@ def _restrict(dictionary: Dictionary, features: Tensor) -> Dictionary:
         dictionary.threshold[features],
         dictionary.config,
     )
+    return part.encode

@@ -116,6 +116,9 @@ class DictionarySettings(Settings):
 
     architecture: Architecture = "batch_top_k"
     """Which sparse autoencoder; see `sae_core/dictionary/`."""
+    source: str = ""
+    """Folder of a finished one (SAELens, dictionary_learning, sparsify) to import; empty to train. What names a
+    dictionary (architecture, d_sae, k or l1_coefficient) must be what the folder says; how to train has no effect."""
     d_sae: int = Field(4096, ge=1)
     """Number of features."""
     k: int | None = Field(None, ge=1)
@@ -160,9 +163,9 @@ class DictionarySettings(Settings):
 
     @model_serializer(mode="wrap")
     def _own_settings(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        """What is no setting of the architecture is none of its fingerprint either."""
-        foreign = _sparsity_keys(self.architecture)[1]
-        return {key: value for key, value in dump(self).items() if key != foreign}
+        """What is no setting of the architecture, or of what is trained, is none of its fingerprint either."""
+        without = {_sparsity_keys(self.architecture)[1], "source" if not self.source else ""}
+        return {key: value for key, value in dump(self).items() if key not in without}
 
     @model_validator(mode="after")
     def _k_fits(self) -> "DictionarySettings":
@@ -399,6 +402,9 @@ def _resolve_paths(table: dict[str, Any], folder: Path) -> dict[str, Any]:
         table["model"] = with_source(table["model"])
     if "labels" in table:
         table["labels"] = {key: resolve(v) if key == "model" else v for key, v in table["labels"].items()}
+    if isinstance(table.get("dictionary"), dict) and (source := table["dictionary"].get("source")):
+        sources = [resolve(s) for s in source] if isinstance(source, list) else resolve(source)
+        table["dictionary"] = {**table["dictionary"], "source": sources}
     if isinstance(sources := table.get("corpus", {}).get("sources"), list):
         table["corpus"] = {**table["corpus"], "sources": [with_source(s) for s in sources]}
     return table

@@ -1,4 +1,4 @@
-"""The dictionary stage: train on stored activations, set the threshold, save, and judge on held-out text."""
+"""The dictionary stage: train on stored activations, or import; set the threshold, save, judge on held-out text."""
 
 import time
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_core import interop
 from sae_core.activations import Activations
 from sae_core.artifacts import SCRATCH, require_space, write_atomically
 from sae_core.corpus import Corpus
@@ -62,27 +63,60 @@ def build_dictionary(
     device: str = "cpu",
     report: Report = silent,
 ) -> dict[str, Any]:
-    """Train, calibrate, save and judge a dictionary; goes on from the checkpoint that a killed run left.
+    """Train and calibrate a dictionary, or import one; save and judge it.
+
+    Training goes on from the checkpoint that a killed run left.
 
     Args:
-        settings: what to train.
+        settings: what to train, or what to import.
         site: where the activations were read.
         model: the model they were read from.
         corpus: folder of the text.
         activations: folder of the activations.
-        folder: where `dictionary.safetensors`, `config.json` and `metrics.parquet` go.
+        folder: where `dictionary.safetensors` and `config.json` go, and `metrics.parquet` of what is trained.
         device: where to train.
         report: told of every step.
 
     Returns:
-        The numbers of `sae_core.metrics`, on held-out documents (`dead`: on all training activations).
+        The numbers of `sae_core.metrics`, on held-out documents (`dead`: on all training activations); of what is
+        trained, how many steps it took and how fast.
 
     Raises:
         TrainingError: too few activations, a loss that diverges, a checkpoint of other settings.
+        InteropError: what is to be imported cannot be read, or is not what the settings say.
         ArtifactError: the disk is full.
     """
     source = Activations.open(activations)
     require_space(folder, 4 * SPACE * settings.d_sae * source.d_model)
+    effort: dict[str, Any] = {}
+    if settings.source:
+        dictionary = _imported(settings, source.d_model).to(device)
+    else:
+        dictionary, effort = _trained(settings, source, folder, device, report)
+    dictionary.save(folder)
+    trained = measure(dictionary, _all_kept(source))
+    held_out = measure(dictionary, _all_kept(Activations.open(activations, "held_out")))
+    spliced = _splice(dictionary, settings, site, model, corpus, activations, device)
+    return _summary(trained, held_out, spliced) | {"threshold": float(dictionary.threshold.median())} | effort
+
+
+def _imported(settings: DictionarySettings, d_model: int) -> Dictionary:
+    """The dictionary of another library, if it is what the study calls it and reads activations of this width."""
+    dictionary = interop.read(Path(settings.source))
+    wanted = {"architecture": settings.architecture, "d_sae": settings.d_sae, "k": settings.k}
+    for key, value in (wanted | {"l1_coefficient": settings.l1_coefficient, "d_model": d_model}).items():
+        found = dictionary.config.get(key, value)  # not every folder says its k or penalty
+        if found != value:
+            whose = "the activations have" if key == "d_model" else "the study says"
+            cure = "read another site" if key == "d_model" else f"set {key} to the former"
+            raise interop.InteropError(f"{settings.source} has {key} = {found}, {whose} {value}: {cure}")
+    return dictionary
+
+
+def _trained(
+    settings: DictionarySettings, source: Activations, folder: Path, device: str, report: Report
+) -> tuple[Dictionary, dict[str, Any]]:
+    """The dictionary, and how much work it was; leaves `metrics.parquet` in the folder."""
     training = Training(settings, source, device)
     seconds = _train(training, source, folder / SCRATCH / "checkpoint.safetensors", report)
     dictionary = training.dictionary()
@@ -90,16 +124,10 @@ def build_dictionary(
         steps = max(1, CALIBRATION_TOKENS // settings.batch_tokens)
         batches = source.batches(settings.batch_tokens, steps, settings.seed)
         dictionary = calibrate(dictionary, batches, training.architecture.k)
-    dictionary.save(folder)
     with write_atomically(folder / "metrics.parquet") as path:
         pq.write_table(pa.Table.from_pylist([row._asdict() for row in training.history]), path)
-    trained = measure(dictionary, _all_kept(source))
-    held_out = measure(dictionary, _all_kept(Activations.open(activations, "held_out")))
-    spliced = _splice(dictionary, settings, site, model, corpus, activations, device)
-    return _summary(training, trained, held_out, spliced) | {
-        "threshold": float(dictionary.threshold.median()),
-        "tokens_per_second": round(seconds and settings.batch_tokens * training.n_steps / seconds, 1),
-    }
+    speed = round(seconds and settings.batch_tokens * training.n_steps / seconds, 1)
+    return dictionary, {"steps": training.n_steps, "tokens_per_second": speed}
 
 
 def _train(training: Training, source: Source, checkpoint: Path, report: Report) -> float:
@@ -152,7 +180,7 @@ def _splice(
     )  # fmt: skip
 
 
-def _summary(training: Training, trained: Quality, held_out: Quality, spliced: Spliced) -> dict[str, Any]:
+def _summary(trained: Quality, held_out: Quality, spliced: Spliced) -> dict[str, Any]:
     return {
         "fvu": held_out.fvu, "l0": held_out.l0, "cosine": held_out.cosine, "shrinkage": held_out.shrinkage,
         "dead": trained.dead, "n_dead": trained.n_dead, "dense": trained.dense, "dead_over_tokens": trained.n_tokens,
@@ -160,5 +188,5 @@ def _summary(training: Training, trained: Quality, held_out: Quality, spliced: S
         "ce_clean": spliced.ce_clean, "ce_spliced": spliced.ce_spliced, "ce_mean_ablated": spliced.ce_mean_ablated,
         "ce_zero_ablated": spliced.ce_zero_ablated, "delta_ce": spliced.delta_ce, "kl": spliced.kl,
         "ce_recovered": spliced.ce_recovered, "ce_recovered_zero": spliced.ce_recovered_zero,
-        "steps": training.n_steps, "evaluated_tokens": held_out.n_tokens,
+        "evaluated_tokens": held_out.n_tokens,
     }  # fmt: skip

@@ -16,7 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae_core.artifacts import write_atomically
-from sae_core.dictionary.sparse import Groups, Pairs, SparseActs, dots, group_sums, low_precision, propose
+from sae_core.dictionary.sparse import (
+    Groups,
+    Pairs,
+    SparseActs,
+    dots,
+    group_sums,
+    largest_of_rows,
+    low_precision,
+    propose,
+)
 from sae_core.errors import MindAtlasError
 from sae_core.study import Architecture
 
@@ -42,12 +51,16 @@ class Dictionary:
         feature_acts = z * (z > threshold)
         x_hat = feature_acts @ W_dec + b_dec
 
+    With `rank_scale`, which only imported dictionaries have, of each token's feature_acts the `config["k"]` largest,
+    as feature_acts * rank_scale ranks them, are kept: a TopK whose selection no threshold stands for.
+
     Attributes (float32):
         W_enc: [d_model, d_sae].
         b_enc: [d_sae].
         W_dec: [d_sae, d_model], unit rows.
         b_dec: [d_model].
         threshold: [d_sae], in the units of the activations, never negative.
+        rank_scale: [d_sae], positive; or None.
         config: `architecture`, `d_model`, `d_sae`, and what the architecture was trained with (`k`).
     """
 
@@ -59,9 +72,11 @@ class Dictionary:
         b_dec: Float32[Tensor, " d_model"],
         threshold: Float32[Tensor, " d_sae"],
         config: dict[str, Any],
+        rank_scale: Float32[Tensor, " d_sae"] | None = None,
     ) -> None:
         self._directions = W_enc.T.contiguous()  # features as rows: what the kernels read
         self.b_enc, self.W_dec, self.b_dec, self.threshold = b_enc, W_dec, b_dec, threshold
+        self.rank_scale = rank_scale
         self.config = config | {"d_model": self.d_model, "d_sae": self.d_sae}
 
     @property
@@ -91,26 +106,50 @@ class Dictionary:
     def encode(self, x: Float[Tensor, "batch d_model"]) -> Float32[Tensor, "batch d_sae"]:
         """Feature activations as a dense array: for small batches."""
         z = self.pre_acts(x)
-        return z * (z > self.threshold)
+        acts = z * (z > self.threshold)
+        if self.rank_scale is None:
+            return acts
+        largest = (acts * self.rank_scale).topk(self.config["k"], dim=1).indices
+        return torch.zeros_like(acts).scatter_(1, largest, acts.gather(1, largest))
 
     def encode_sparse(self, x: Float[Tensor, "batch d_model"]) -> SparseActs:
         """Feature activations that are not zero, in row order; memory is bounded by `sparse.BLOCK_BYTES` and by L0.
 
         The values are float32; the bfloat16 product only proposes where to look.
         """
-        pairs, value = self.candidates(x, self.threshold)
+        if self.rank_scale is not None:
+            pairs, value = self._ranked(x.float(), self.rank_scale)
+        else:
+            pairs, value = self.candidates(x, self.threshold)
         fires = (value > self.threshold[pairs.feature]).nonzero().squeeze(1)
         row, feature = pairs.at(fires)
         return SparseActs(row.long(), feature.long(), value[fires], len(x))
+
+    def _ranked(
+        self, x: Float32[Tensor, "batch d_model"], rank_scale: Float32[Tensor, " d_sae"]
+    ) -> tuple[Pairs, Float32[Tensor, " nnz"]]:
+        """Pairs that are among the k largest of their row in rank, and their z."""
+        k, bias = self.config["k"], low_precision((self.b_enc + self._slack(x)) * rank_scale)
+        pairs = propose(low_precision(x), self._low_by_rank, bias, k)
+        z = self._exact(x, pairs)
+        largest = largest_of_rows(pairs.row, z * rank_scale[pairs.feature], len(x), k)
+        return pairs.at(largest), z[largest]
 
     def candidates(
         self, x: Float[Tensor, "batch d_model"], limit: Float32[Tensor, " d_sae"]
     ) -> tuple[Pairs, Float32[Tensor, " nnz"]]:
         """Pairs whose z may exceed `limit`, and their z: all that do, and some a little below."""
         x = x.float()
-        slack = MARGIN * x.square().mean().sqrt() * self._norms
-        pairs = propose(low_precision(x), self._low, low_precision(self.b_enc - limit + slack))
-        return pairs, dots(self._directions, pairs.feature, x, pairs.row) + self.b_enc[pairs.feature]
+        pairs = propose(low_precision(x), self._low, low_precision(self.b_enc - limit + self._slack(x)))
+        return pairs, self._exact(x, pairs)
+
+    def _slack(self, x: Float32[Tensor, "batch d_model"]) -> Float32[Tensor, " d_sae"]:
+        """How much a z of low precision may fall short."""
+        return MARGIN * x.square().mean().sqrt() * self._norms
+
+    def _exact(self, x: Float32[Tensor, "batch d_model"], pairs: Pairs) -> Float32[Tensor, " nnz"]:
+        """z of the pairs in float32."""
+        return dots(self._directions, pairs.feature, x, pairs.row) + self.b_enc[pairs.feature]
 
     def decode(self, acts: SparseActs | Float[Tensor, "batch d_sae"]) -> Float32[Tensor, "batch d_model"]:
         """The reconstruction x_hat of sparse or dense feature activations."""
@@ -147,14 +186,20 @@ class Dictionary:
         return cls(**tensors, config=config)
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {
+        tensors = {
             "W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec,
             "threshold": self.threshold,
         }  # fmt: skip
+        return tensors if self.rank_scale is None else tensors | {"rank_scale": self.rank_scale}
 
     @cached_property
     def _low(self) -> Float[Tensor, "d_sae d_model"]:
         return low_precision(self._directions)
+
+    @cached_property
+    def _low_by_rank(self) -> Float[Tensor, "d_sae d_model"]:
+        assert self.rank_scale is not None, "only such a dictionary has ranks"
+        return low_precision(self._directions * self.rank_scale[:, None])
 
     @cached_property
     def _norms(self) -> Float32[Tensor, " d_sae"]:
@@ -177,6 +222,10 @@ def _verify(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) ->
         "W_enc": (d_model, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_model), "b_dec": (d_model,),
         "threshold": (d_sae,),
     }  # fmt: skip
+    if "rank_scale" in tensors:
+        shapes["rank_scale"] = (d_sae,)
+        if not isinstance(k := config.get("k"), int) or not 1 <= k <= d_sae:
+            raise refuse(f"k = {k!r}; with rank_scale it must be a whole number from 1 to d_sae = {d_sae}")
     if tensors.keys() != shapes.keys():
         raise refuse(f"{WEIGHTS} holds {', '.join(sorted(tensors))}, expected {', '.join(sorted(shapes))}")
     for name, shape in shapes.items():
@@ -189,3 +238,5 @@ def _verify(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) ->
         raise refuse("W_dec has rows that are not of unit norm")
     if tensors["threshold"].min() < 0:
         raise refuse("threshold is negative somewhere")
+    if "rank_scale" in tensors and tensors["rank_scale"].min() <= 0:
+        raise refuse("rank_scale is not positive everywhere")

@@ -1,12 +1,11 @@
 """TopK with AuxK (Gao et al. 2024): the k largest activations of each token."""
 
-import torch
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Float32
 from torch import Tensor
 
 from sae_core.dictionary.architecture import candidates
 from sae_core.dictionary.batch_top_k import BatchTopK
-from sae_core.dictionary.sparse import Pairs, kth_largest
+from sae_core.dictionary.sparse import Pairs, kth_largest, largest_of_rows
 from sae_core.dictionary.weights import Learner
 
 
@@ -27,18 +26,3 @@ class TopK(BatchTopK):
         self.remember(max(0.0, kth_largest(z, self.k * len(centered))))
         where = (largest_of_rows(pairs.row, z, len(centered), self.k) & (z > 0)).nonzero().squeeze(1)
         return pairs.at(where), z[where]
-
-
-def largest_of_rows(
-    row: Int32[Tensor, " nnz"], z: Float32[Tensor, " nnz"], n_rows: int, k: int
-) -> Bool[Tensor, " nnz"]:
-    """Which values are among the k largest of their row; `row` is sorted."""
-    counts = torch.bincount(row, minlength=n_rows)
-    width = int(counts.max())
-    if width <= k:
-        return torch.ones_like(z, dtype=torch.bool)
-    column = torch.arange(len(z), device=z.device) - (counts.cumsum(0) - counts)[row]
-    place = row * width + column
-    table = z.new_full((n_rows * width,), -torch.inf).index_put_((place,), z).view(n_rows, width)
-    top = table.topk(k, dim=1).indices
-    return torch.zeros_like(table, dtype=torch.bool).scatter_(1, top, True).view(-1)[place]

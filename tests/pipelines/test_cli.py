@@ -91,9 +91,25 @@ def test_steering_changes_the_answer_and_the_same_seed_repeats_it(home: Path):
     assert json.loads(run(*command, home=home, check=True).stdout) == answers
 
 
+def test_a_dictionary_is_exported_and_made_again_from_the_export(home: Path, tiny_study: Path, tmp_path: Path):
+    done = run("export", "--format", "saelens", "--json", str(tmp_path / "sae"), home=home, check=True)
+    name = json.loads(done.stdout)["dictionary"]
+    assert {path.name for path in (tmp_path / "sae").iterdir()} == {"cfg.json", "sae_weights.safetensors"}
+    imports = tiny_study.parent.parent / "imports" / "imports.toml"
+    imports.parent.mkdir()
+    shutil.copytree(tmp_path / "sae", imports.parent / "sae")
+    text = tiny_study.read_text("utf-8")
+    imports.write_text(text.replace("[dictionary]", '[dictionary]\nsource = "./sae"\nvariant = "again"'), "utf-8")
+    (found,) = json.loads(run("run", str(imports), "--json", home=tmp_path, check=True).stdout)["dictionaries"]
+    assert found["name"] == name.replace(".tiny.", ".imports.") + ".again"
+    assert found["dictionary"]["fvu"] < 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("export", "--format", "sparsify", "out"), "fire above thresholds"),
+        (("export", "--format", "keras", "out"), "'keras' is not one of 'saelens'"),
         (("run", "nowhere"), "no study 'nowhere': known are"),
         (("run", "nowhere.toml"), "no study file"),
         (("feature", "99999"), "no feature 99999"),
@@ -175,5 +191,5 @@ def test_without_an_atlas_one_is_told_how_to_make_it(tmp_path: Path):
 
 def test_help_lists_the_commands():
     done = subprocess.run([str(MIND_ATLAS), "--help"], capture_output=True, text=True, check=True)
-    for command in ("run", "status", "features", "feature", "explain", "steer", "ui"):
+    for command in ("run", "status", "features", "feature", "explain", "steer", "export", "ui"):
         assert f"  {command} " in done.stdout

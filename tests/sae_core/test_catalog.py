@@ -14,7 +14,16 @@ import pytest
 
 from sae_core import catalog, downloads
 from sae_core.artifacts import ArtifactError
-from sae_core.catalog import CatalogError, FoundModel, fetch_text, find_model, find_text, identify_model, identify_text
+from sae_core.catalog import (
+    CatalogError,
+    FoundModel,
+    fetch_text,
+    find_model,
+    find_text,
+    identify_dictionary,
+    identify_model,
+    identify_text,
+)
 from sae_core.catalog_entries import MODELS, TEXTS, Archive, ModelEntry, TextEntry
 from sae_core.corpus.parsers import PARSERS
 from sae_core.study import ModelSettings, Source
@@ -83,6 +92,19 @@ def tiny(registry: Path, monkeypatch: pytest.MonkeyPatch) -> ModelSettings:
 def story(registry: Path) -> TextEntry:
     archive = wheel(registry, "story", {"story/data.json": b'["Once upon a time."]'})
     return TextEntry(archive, "*/data.json", "strings", "en", "fiction", "MIT")
+
+
+def test_an_imported_dictionary_is_what_its_files_hold(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+        (folder / "cfg.json").write_text("{}")
+    assert identify_dictionary(str(first)) == identify_dictionary(str(second))
+    (second / "cfg.json").write_text('{"k": 3}')
+    assert identify_dictionary(str(first)) != identify_dictionary(str(second))
+    for source in (str(tmp_path / "absent"), "relative", str(first / "cfg.json")):
+        with pytest.raises(CatalogError, match=rf"dictionary.source: there is no folder {source}"):
+            identify_dictionary(source)
 
 
 @pytest.mark.usefixtures("pip")

@@ -83,6 +83,17 @@ def test_attention_sinks_stay_as_they_are(dictionary: Dictionary, max_acts: Tens
     assert not torch.equal(edited[0, 0], x[0, 0])
 
 
+def test_clamping_sees_whether_a_feature_is_among_the_largest_of_all(dictionary: Dictionary, max_acts: Tensor) -> None:
+    d, config = dictionary, {"architecture": "top_k", "k": 8}
+    ranked = Dictionary(d.W_enc, d.b_enc, d.W_dec, d.b_dec, torch.zeros(D_SAE), config, rank_scale=torch.ones(D_SAE))
+    x = torch.randn(1, 30, D_MODEL, generator=torch.Generator().manual_seed(6))
+    acts = ranked.encode(x[0])
+    chosen = int((acts[:, 9:] > 0).sum(0).argmax()) + 9
+    assert 0 < int((acts[:, chosen] > 0).sum()) < int((ranked.pre_acts(x[0])[:, chosen] > 0).sum())
+    expected = x[0] + (2 * max_acts[chosen] - acts[:, chosen])[:, None] * d.W_dec[chosen]
+    torch.testing.assert_close(clamp_edit(ranked, [Clamp(chosen, 2.0)], max_acts)(x)[0], expected)
+
+
 def test_steering_holds_through_generation(lm: LanguageModel, dictionary: Dictionary, max_acts: Tensor) -> None:
     with lm.edit("resid_post", 2, clamp_edit(dictionary, [Clamp(3, 50.0)], max_acts)):
         steered = "".join(lm.generate("The river", 10))

@@ -86,6 +86,18 @@ def test_relative_paths_are_seen_from_the_study_file(tmp_path: Path):
     assert sources[1].weight == 2
 
 
+@pytest.mark.parametrize("value", ['"./sae"', '["./sae"]'])
+def test_the_folder_of_an_imported_dictionary_is_seen_from_the_study_file(tmp_path: Path, value: str):
+    (imported,) = study(tmp_path, MINIMAL + f"[dictionary]\nsource = {value}").dictionaries
+    assert imported.source == str(tmp_path / "sae")
+
+
+def test_a_dictionary_that_is_trained_has_no_source_in_its_fingerprint():
+    assert "source" not in DictionarySettings().model_dump()
+    imported = DictionarySettings(source="/sae")
+    assert DictionarySettings.model_validate(imported.model_dump()) == imported
+
+
 def test_hub_ids_and_hub_models_are_left_as_they_are(tmp_path: Path):
     text = MINIMAL.replace("smollm2-135m-instruct", "EleutherAI/pythia-70m").replace("wiki-en", "hf:org/data")
     mine = study(tmp_path, text)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from sae_core import training
+from sae_core import interop, training
 from sae_core.activations import Activations, harvest
 from sae_core.artifacts import SCRATCH
 from sae_core.corpus import build_corpus
@@ -177,6 +177,71 @@ def test_a_run_killed_while_it_judges_goes_on_to_the_same_bytes(
         build_dictionary(SETTINGS, folder=tmp_path, **parents)
     build_dictionary(SETTINGS, folder=tmp_path, **parents)
     assert content(tmp_path) == content(built[0])
+
+
+@pytest.fixture(scope="module")
+def theirs(built: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished dictionary in a folder of SAELens."""
+    folder = tmp_path_factory.mktemp("saelens")
+    interop.write(Dictionary.load(built[0]), folder, "saelens")
+    return folder
+
+
+def test_an_imported_dictionary_is_judged_as_the_one_that_was_trained(
+    built: tuple[Path, dict[str, Any]], theirs: Path, parents: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = SETTINGS.model_copy(update={"source": str(theirs)})
+    summary = build_dictionary(settings, folder=tmp_path, **parents)
+    assert summary == pytest.approx({key: built[1][key] for key in summary}, rel=1e-4)
+    assert built[1].keys() - summary.keys() == {"steps", "tokens_per_second"}
+    assert {path.name for path in tmp_path.iterdir()} == FILES - {"metrics.parquet"}
+    assert (tmp_path / "dictionary.safetensors").read_bytes() == (built[0] / "dictionary.safetensors").read_bytes()
+    imported = Dictionary.load(tmp_path)
+    assert imported.config["imported"]["format"] == "saelens"
+
+
+def test_an_imported_top_k_keeps_its_k_largest_and_is_not_calibrated(
+    built: tuple[Path, dict[str, Any]], parents: dict[str, Any], tmp_path: Path
+) -> None:
+    d = Dictionary.load(built[0])
+    ranked = Dictionary(
+        d.W_enc, d.b_enc, d.W_dec, d.b_dec, torch.zeros(d.d_sae), {"architecture": "top_k", "k": 6}, torch.ones(d.d_sae)
+    )
+    interop.write(ranked, tmp_path / "theirs", "sparsify")
+    settings = SETTINGS.model_copy(update={"source": str(tmp_path / "theirs"), "architecture": "top_k"})
+    (tmp_path / "ours").mkdir()
+    summary = build_dictionary(settings, folder=tmp_path / "ours", **parents)
+    assert summary["l0"] == pytest.approx(6, rel=1e-3)
+    assert 0 < summary["fvu"] < 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"architecture": "top_k"}, "has architecture = batch_top_k, the study says top_k: set architecture"),
+        ({"d_sae": 64}, "has d_sae = 96, the study says 64"),
+        ({"k": 7}, "has k = 6, the study says 7"),
+        ({"source": "/nowhere"}, "/nowhere holds no dictionary that is known"),
+    ],
+)
+def test_a_folder_that_is_not_what_the_study_says_is_refused_with_both(
+    changes: dict[str, Any], why: str, theirs: Path, parents: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = SETTINGS.model_copy(update={"source": str(theirs), **changes})
+    with pytest.raises(interop.InteropError, match=why):
+        build_dictionary(settings, folder=tmp_path, **parents)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dictionary_of_another_width_is_refused(parents: dict[str, Any], tmp_path: Path) -> None:
+    wide = Dictionary(
+        torch.randn(40, 96), torch.zeros(96), torch.eye(40).repeat(3, 1)[:96], torch.zeros(40), torch.ones(96),
+        {"architecture": "batch_top_k", "k": 6},
+    )  # fmt: skip
+    interop.write(wide, tmp_path / "theirs", "dictionary_learning")
+    settings = SETTINGS.model_copy(update={"source": str(tmp_path / "theirs")})
+    with pytest.raises(interop.InteropError, match="has d_model = 40, the activations have 32: read another site"):
+        build_dictionary(settings, folder=tmp_path, **parents)
 
 
 def test_a_batch_larger_than_the_activations_is_refused(parents: dict[str, Any], tmp_path: Path) -> None:
