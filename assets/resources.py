@@ -17,7 +17,7 @@ from sae_core.errors import MindAtlasError
 from sae_core.progress import Report
 from sae_core.settings import Settings
 from sae_core.studies import Order
-from sae_core.study import explain
+from sae_core.study_files import explain
 
 Build = Callable[[Order, Draft, Report], dict[str, Any]]
 """Calls the one function of `sae_core` that makes a draft, and returns its summary."""

@@ -208,8 +208,8 @@ def steer(
     from pipelines.console import print_json
     from pipelines.summary import show_side_by_side
     from sae_core.dictionary import Dictionary
+    from sae_core.names import DictionarySpec
     from sae_core.steering import Clamp, clamp_edit
-    from sae_core.study import DictionarySpec
 
     wanted = [Clamp(*_clamp(text)) for text in clamps]
     atlas = _atlas(study, dictionary)
@@ -249,10 +249,10 @@ def _register(study: str) -> str:
     if not study.endswith(".toml"):
         return study
     from sae_core.studies import Studies, study_folders
-    from sae_core.study import Study
+    from sae_core.study_files import load_study
 
     path = Path(study).expanduser().resolve()
-    own = Study.load(path)
+    own = load_study(path)
     files = {file.stem: file.resolve() for folder in study_folders() for file in folder.glob("*.toml")}
     if files.get(own.name, path) != path and files[own.name].is_file():
         raise MindAtlasError(f"another study is called {own.name} ({files[own.name]}): rename {path.name}")

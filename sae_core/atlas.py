@@ -19,7 +19,7 @@ from filelock import FileLock
 from sae_core.artifacts import ArtifactStore, write_atomically
 from sae_core.errors import MindAtlasError
 from sae_core.features import Example, FeatureRow, Features
-from sae_core.study import DictionarySpec
+from sae_core.names import DictionarySpec
 
 if TYPE_CHECKING:
     from sae_core.language_model import LanguageModel

@@ -16,10 +16,11 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from sae_core.display import display_strings
+from sae_core.names import Hook
 from sae_core.pretrained import ModelError, load_tokenizer, load_weights
 from sae_core.progress import Report, silent
 from sae_core.sites import Site, find_final_norm, find_layers, find_site
-from sae_core.study import Hook, ModelSettings
+from sae_core.study import ModelSettings
 
 __all__ = ["Edit", "LanguageModel", "Message", "ModelError", "load_tokenizer"]
 

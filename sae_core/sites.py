@@ -4,8 +4,8 @@ from typing import Literal, NamedTuple
 
 from torch import nn
 
+from sae_core.names import Hook
 from sae_core.pretrained import ModelError
-from sae_core.study import Hook
 
 
 class Site(NamedTuple):

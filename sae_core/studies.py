@@ -7,7 +7,8 @@ from typing import NamedTuple
 from sae_core.artifacts import PROJECT, Recipe, home
 from sae_core.settings import Settings
 from sae_core.stages import recipes
-from sae_core.study import DictionarySettings, Study, StudyError
+from sae_core.study import DictionarySettings, Study
+from sae_core.study_files import StudyError, load_study
 
 
 def study_folders() -> tuple[Path, Path]:
@@ -65,7 +66,7 @@ class Studies:
             StudyError: a file is no valid study, or two studies want different things under one name.
         """
         files = (file.resolve() for folder in folders for file in sorted(folder.glob("*.toml")))
-        return cls(Study.load(file) for file in files if file.is_file())
+        return cls(load_study(file) for file in files if file.is_file())
 
     def __iter__(self) -> Iterator[Study]:
         return iter(self.by_name.values())
