@@ -4,6 +4,8 @@ No code that comes with a model is ever run.
 """
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +51,34 @@ def load_weights(settings: ModelSettings, dtype: torch.dtype, report: Report = s
     return _load(AutoModelForCausalLM, settings, report, dtype=dtype)
 
 
+def load_outline(settings: ModelSettings, report: Report = silent) -> Any:
+    """The causal language model on the meta device: modules and shapes, without a weight; raises as `load_tokenizer`.
+
+    Made of the configuration alone, which for a GGUF file is its metadata.
+    """
+    found = find_model(settings, report)
+    place: dict[str, Any] = {"pretrained_model_name_or_path": found.path, "revision": found.revision or "main"}
+    if found.kind == "gguf":
+        folder = _dequantized_folder(Path(found.path))
+        place = {"pretrained_model_name_or_path": folder} if folder.exists() else _in_gguf(Path(found.path))
+    with _refusing(settings):
+        config = AutoConfig.from_pretrained(**place, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+
+
 def _load(loader: Any, settings: ModelSettings, report: Report, **options: Any) -> Any:
     found = find_model(settings, report)
     path = str(_dequantized(Path(found.path), report)) if found.kind == "gguf" else found.path
-    try:
+    with _refusing(settings):
         return loader.from_pretrained(path, revision=found.revision or "main", trust_remote_code=False, **options)
+
+
+@contextmanager
+def _refusing(settings: ModelSettings) -> Iterator[None]:
+    """Turn what `transformers` raises for a model that it cannot load into one line."""
+    try:
+        yield
     except MemoryError:
         raise _too_large(settings) from None
     except RuntimeError as error:
@@ -78,8 +103,8 @@ def _dequantized(gguf: Path, report: Report) -> Path:
     The weights are kept in float32: a de-quantized one (a 16-bit scale times a few bits, plus a 16-bit offset) needs
     up to 26 bits, so that the first rounding that matters is the one to the precision a study asks for.
     """
-    models = cache_dir() / "models"
-    folder = models / f"{gguf.stem}-{file_sha256(gguf)[:16]}"
+    folder = _dequantized_folder(gguf)
+    models = folder.parent
     if not folder.exists():
         with lock(models):
             if not folder.exists():
@@ -94,14 +119,22 @@ def _dequantized(gguf: Path, report: Report) -> Path:
     return folder
 
 
+def _dequantized_folder(gguf: Path) -> Path:
+    return cache_dir() / "models" / f"{gguf.stem}-{file_sha256(gguf)[:16]}"
+
+
+def _in_gguf(gguf: Path) -> dict[str, Any]:
+    """Where `transformers` reads something from a GGUF file's metadata."""
+    return {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+
+
 def _dequantize(gguf: Path, folder: Path) -> None:
     """Write config, weights, and tokenizer with chat template.
 
     `from_pretrained(gguf_file=...)` would need the accelerate package, and `save_pretrained` refuses what it returns.
     """
-    source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     try:
-        tokenizer, config = AutoTokenizer.from_pretrained(**source), AutoConfig.from_pretrained(**source)
+        tokenizer, config = (auto.from_pretrained(**_in_gguf(gguf)) for auto in (AutoTokenizer, AutoConfig))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         weights = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)["tensors"]

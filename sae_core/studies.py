@@ -78,11 +78,14 @@ class Studies:
             raise StudyError(f"no study {name!r}: known are {known}; or give the path of a .toml file")
         return self.by_name[name]
 
-    def order(self, slug: str) -> Order:
-        """The order behind an artifact's name. Raises StudyError when no study asks for it."""
+    def order(self, slug: str, study: str | None = None) -> Order:
+        """The order behind an artifact's name: the named study's, or the first that asks for it.
+
+        Raises StudyError when no study asks for it.
+        """
         for table in (self.corpora, self.sites, self.dictionaries):
             if slug in table:
-                return table[slug]
+                return table[slug]._replace(study=self.get(study)) if study else table[slug]
         raise StudyError(f"no study asks for {slug}: add its study file again, and reload Dagster's code location")
 
     def site_of(self, dictionary: str) -> str:

@@ -264,6 +264,16 @@ class Study(Settings):
     labels: LabelSettings = LabelSettings()
     checks: CheckSettings = CheckSettings()
 
+    @model_validator(mode="after")
+    def _batches_fit(self) -> "Study":
+        largest = max(dictionary.batch_tokens for dictionary in self.dictionaries)
+        if largest > self.corpus.tokens:
+            raise ValueError(
+                f"dictionary.batch_tokens = {largest} is more than corpus.tokens = {self.corpus.tokens}: "
+                "give a batch_tokens of fewer, or more corpus.tokens"
+            )
+        return self
+
     @property
     def site(self) -> Site:
         return Site(self.model.slug, self.activations.hook, self.activations.layer, self.corpus.name)

@@ -93,7 +93,8 @@ def explain(error: ValidationError) -> str:
         return f"{key}: unknown key; known here: {known}"
     if problem["type"] == "missing":
         return f"{key}: missing; add it"
-    return f"{key} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}" if key else problem["msg"]
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key} = {problem['input']!r}: {message}" if key else message
 
 
 def _known_keys(location: tuple[int | str, ...]) -> set[str]:

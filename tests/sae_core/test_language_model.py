@@ -10,7 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from sae_core.display import display_strings
 from sae_core.errors import MindAtlasError
@@ -365,3 +373,25 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "bad.gguf").write_bytes(b"not a model at all" * 9)
     with pytest.raises(ModelError, match="cannot be read as a model"):
         load_tokenizer(ModelSettings(source=str(tmp_path / "bad.gguf")))
+
+
+def test_an_outline_has_the_sites_and_the_context_of_the_model_and_no_weight(
+    tiny_model: Path, gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MIND_ATLAS_CACHE", str(tmp_path / "cache"))
+    bare = shutil.copytree(tiny_model, tmp_path / "bare")
+    (bare / "model.safetensors").unlink()
+    for source in (bare, gguf_file):
+        outline = LanguageModel.outline(ModelSettings(source=str(source)))
+        assert (outline.n_layers, outline.d_model, outline.context) == (4, 32, 512)
+        assert all(weight.is_meta for weight in outline.model.parameters())
+        assert type(outline.site("attn_out", 3).module).__name__ == "LlamaAttention"
+        with pytest.raises(ModelError, match="layer = 4: the model has layers 0 to 3"):
+            outline.site("resid_post", 4)
+    assert not (tmp_path / "cache").exists()  # nothing was de-quantized
+
+
+def test_a_hook_that_the_model_lacks_is_refused() -> None:
+    layers = MambaForCausalLM(MambaConfig(vocab_size=512, hidden_size=32, num_hidden_layers=2, state_size=4))
+    with pytest.raises(ModelError, match=r"activations.hook = attn_out: MambaBlock has none .*: choose resid_post"):
+        LanguageModel(layers, None).site("attn_out", 1)

@@ -67,6 +67,10 @@ def test_hub_ids_and_hub_models_are_left_as_they_are(tmp_path: Path):
         ("[dictionary]\nk = []", "dictionary.k: the list is empty"),
         ("[dictionary]\nlr_warmup = 0.9\nlr_decay = 0.9", "must not overlap"),
         ("[dictionary]\nk = [4, 4]", "two dictionaries are called .*variant"),
+        (
+            "[dictionary]\nbatch_tokens = [64, 500_000]",
+            "batch_tokens = 500000 is more than corpus.tokens = 4",
+        ),
         ("[dictionary]\nk = ", "is not a TOML file"),
     ],
 )
