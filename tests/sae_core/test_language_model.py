@@ -29,11 +29,6 @@ from sae_core.study import ModelSettings
 TURNS = [{"role": "user", "content": "Hello"}]
 
 
-@pytest.fixture(scope="module")
-def lm(tiny_model: Path) -> LanguageModel:
-    return LanguageModel.load(ModelSettings(source=str(tiny_model)), precision="float32")
-
-
 @pytest.fixture
 def ids() -> torch.Tensor:
     return torch.randint(0, 512, (3, 24), generator=torch.Generator().manual_seed(1))

@@ -36,11 +36,6 @@ def max_acts() -> Tensor:
     return maxima
 
 
-@pytest.fixture(scope="module")
-def lm(tiny_model: Path) -> LanguageModel:
-    return LanguageModel.load(ModelSettings(source=str(tiny_model)), precision="float32")
-
-
 @pytest.fixture
 def ids() -> Tensor:
     return torch.randint(0, 512, (2, 20), generator=torch.Generator().manual_seed(5))
