@@ -1,12 +1,17 @@
 """Activations: the model run over the corpus up to one layer, its vectors kept in shuffled shards."""
 
+from typing import Any
+
 import dagster as dg
 
 from assets.checks import specs
 from assets.corpus import corpus
 from assets.partitions import corpus_of_site, sites
 from assets.resources import Workshop, launchpad
+from sae_core.artifacts import Draft
+from sae_core.progress import Report
 from sae_core.stages import VERSIONS
+from sae_core.studies import Order
 from sae_core.study import ActivationSettings
 
 ActivationsRun = launchpad(ActivationSettings, "hook", "layer")
@@ -23,11 +28,12 @@ ActivationsRun = launchpad(ActivationSettings, "hook", "layer")
 def activations(context: dg.AssetExecutionContext, config: ActivationsRun, workshop: Workshop) -> dg.MaterializeResult:
     """Vectors of one site for every token of the corpus; attention sinks are marked. NaN is refused on the way."""
     from sae_core.activations import harvest
+    from sae_core.door import require_batch, require_site
 
-    return workshop.make(
-        context, "activations", config,
-        lambda order, draft, report: harvest(
-            order.study.activations, order.study.model, draft.parents["corpus"].folder, draft.folder,
-            workshop.torch_device(), report,
-        ),
-    )  # fmt: skip
+    def build(order: Order, draft: Draft, report: Report) -> dict[str, Any]:
+        study, corpus = order.study, draft.parents["corpus"]
+        require_site(study, report)
+        require_batch(study, corpus.manifest.summary)
+        return harvest(study.activations, study.model, corpus.folder, draft.folder, workshop.torch_device(), report)
+
+    return workshop.make(context, "activations", config, build)

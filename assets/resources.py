@@ -17,12 +17,15 @@ from sae_core.errors import MindAtlasError
 from sae_core.progress import Report
 from sae_core.settings import Settings
 from sae_core.studies import Order
-from sae_core.study import explain
+from sae_core.study_files import explain
 
 Build = Callable[[Order, Draft, Report], dict[str, Any]]
 """Calls the one function of `sae_core` that makes a draft, and returns its summary."""
 LOG_SECONDS = 20.0
 """Seconds between two progress lines in Dagster's log, where a line costs a database row."""
+
+STUDY_TAG = "mind_atlas/study"
+"""Tag of a run that is made for a study, by the study's name; artifacts may be shared between studies."""
 
 watchers: list[Callable[[str], Report]] = []
 """Who else wants to see progress; the command line puts its progress bar here."""
@@ -92,7 +95,7 @@ class Workshop(dg.ConfigurableResource):
         changes = {k: v for k, v in config.model_dump().items() if v is not None and k != "again"}
         report = _reporter(context, stage)
         try:
-            order = STUDIES.order(slug).override(section, changes)
+            order = STUDIES.order(slug, context.run.tags.get(STUDY_TAG)).override(section, changes)
             again = bool(config.model_dump()["again"])
             recipe = order.recipe(stage, slug)
             made = self.store.make(recipe, lambda draft: self._alone(build, order, draft, report), again=again)

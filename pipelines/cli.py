@@ -203,28 +203,18 @@ def steer(
     study: str, dictionary: str, json_: bool,
 ) -> None:  # fmt: skip
     """The model's answer to PROMPT as it is, and with features clamped."""
-    import torch
-
+    wanted = [_clamp(text) for text in clamps]  # first of all: a typing error is answered at once
     from pipelines.console import print_json
     from pipelines.summary import show_side_by_side
-    from sae_core.steering import Clamp, clamp_edit
-    from sae_core.study import DictionarySpec
+    from sae_core.steering import Clamp, atlas_edit, default_and_steered
 
-    wanted = [Clamp(*_clamp(text)) for text in clamps]
     atlas = _atlas(study, dictionary)
-    site = DictionarySpec.parse(atlas.dictionary).site
-    max_acts = torch.tensor(atlas.features.table()["max_act"].to_numpy())
-    edit = clamp_edit(_dictionary(atlas), wanted, max_acts, atlas.sink_norm)
-    lm = _model(atlas)
-
-    def answer() -> str:
-        return "".join(lm.generate([{"role": "user", "content": prompt}], max_tokens, temperature, seed))
-
-    answers: dict[str, Any] = {"prompt": prompt, "default": answer()}
-    with lm.edit(site.hook, site.layer, edit):
-        answers["steered"] = answer()
-    answers["clamps"] = [{**c._asdict(), "label": atlas.name(c.feature)} for c in wanted]
-    print_json(answers) if json_ else show_side_by_side(answers)
+    edit = atlas_edit(atlas, [Clamp(*pair) for pair in wanted])
+    turns = [{"role": "user", "content": prompt}]
+    answers = default_and_steered(_model(atlas), atlas.site, edit, turns, max_tokens, temperature, seed)
+    told = [{"feature": i, "strength": strength, "label": atlas.name(i)} for i, strength in wanted]
+    found = {"prompt": prompt, **answers._asdict(), "clamps": told}
+    print_json(found) if json_ else show_side_by_side(found)
 
 
 @cli.command()
@@ -239,10 +229,9 @@ def export(folder: Path, format_: str, study: str, dictionary: str, json_: bool)
     """Write a dictionary into the new folder FOLDER, in another library's format."""
     from pipelines.console import out, print_json
     from sae_core import interop
-    from sae_core.study import DictionarySpec
 
     atlas = _atlas(study, dictionary)
-    interop.write(_dictionary(atlas), folder, format_, DictionarySpec.parse(atlas.dictionary).site)
+    interop.write(atlas.load_dictionary(), folder, format_, atlas.site)
     written = {"dictionary": atlas.dictionary, "format": format_, "folder": str(folder.absolute())}
     if json_:
         print_json(written)
@@ -270,10 +259,10 @@ def _register(study: str) -> str:
     if not study.endswith(".toml"):
         return study
     from sae_core.studies import Studies, study_folders
-    from sae_core.study import Study
+    from sae_core.study_files import load_study
 
     path = Path(study).expanduser().resolve()
-    own = Study.load(path)
+    own = load_study(path)
     files = {file.stem: file.resolve() for folder in study_folders() for file in folder.glob("*.toml")}
     if files.get(own.name, path) != path and files[own.name].is_file():
         raise MindAtlasError(f"another study is called {own.name} ({files[own.name]}): rename {path.name}")
@@ -290,26 +279,13 @@ def _atlas(study: str, dictionary: str) -> Any:
     """The atlas that `--study` and `--dictionary` mean."""
     from sae_core.atlas import Atlas
 
-    store = ArtifactStore(home())
     if study and not dictionary:
         name = _register(study)
         from assets.partitions import STUDIES
 
         wanted = STUDIES.get(name)
         dictionary = wanted.spec(wanted.dictionaries[0]).slug
-    made = {slug: store.get("features", slug).manifest.made_at for slug in store.slugs("features")}
-    if not made:
-        raise MindAtlasError("no atlas is made yet: `mind-atlas run` makes one")
-    if dictionary and dictionary not in made:
-        raise MindAtlasError(f"no finished dictionary {dictionary}: finished are {', '.join(sorted(made))}")
-    return Atlas.open(store, dictionary or max(made, key=lambda slug: made[slug]))
-
-
-def _dictionary(atlas: Any) -> Any:
-    """The dictionary that an atlas describes."""
-    from sae_core.dictionary import Dictionary
-
-    return Dictionary.load(atlas.store.get("dictionary", atlas.dictionary).folder)
+    return Atlas.open(ArtifactStore(home()), dictionary)
 
 
 def _model(atlas: Any) -> Any:

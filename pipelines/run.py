@@ -13,7 +13,7 @@ from assets.features import features
 from assets.labels import labels
 from assets.neighbors import neighbors
 from assets.partitions import corpora, dictionaries, sites
-from assets.resources import Workshop
+from assets.resources import STUDY_TAG, Workshop
 from sae_core.artifacts import ArtifactStore, Recipe, Status
 from sae_core.stages import recipes
 from sae_core.study import Study
@@ -65,6 +65,6 @@ def bring_up_to_date(
                 asset_selection=[dg.AssetKey(recipe.stage)],
                 instance=instance,
                 run_config={"loggers": {"console": {"config": {"log_level": log_level}}}},
-                tags={"mind_atlas/study": study.name},
+                tags={STUDY_TAG: study.name},
             )
         yield step

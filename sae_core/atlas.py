@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 from filelock import FileLock
 
-from sae_core.artifacts import ArtifactStore, write_atomically
+from sae_core.artifacts import ArtifactError, ArtifactStore, write_atomically
 from sae_core.errors import MindAtlasError
 from sae_core.features import Example, FeatureRow, Features
-from sae_core.study import DictionarySpec
+from sae_core.names import DictionarySpec, Site
 
 if TYPE_CHECKING:
+    from sae_core.dictionary import Dictionary
     from sae_core.language_model import LanguageModel
 
 _TABLES = {
@@ -128,9 +129,28 @@ class Atlas:
         self._tables = set(_create_views(self._database, store, [dictionary]))
 
     @classmethod
-    def open(cls, store: ArtifactStore, dictionary: str) -> "Atlas":
-        """The atlas of a dictionary, by slug. Raises ArtifactError when its features are not made yet."""
-        return cls(store, dictionary)
+    def open(cls, store: ArtifactStore, dictionary: str = "") -> "Atlas":
+        """The atlas of a dictionary, by slug; without one, of the dictionary whose features were made last.
+
+        Raises ArtifactError when no such features are made yet.
+        """
+        made = {slug: store.get("features", slug).manifest.made_at for slug in store.slugs("features")}
+        if not made:
+            raise ArtifactError("no atlas is made yet: `mind-atlas run` makes one")
+        if dictionary and dictionary not in made:
+            raise ArtifactError(f"no finished dictionary {dictionary}: finished are {', '.join(sorted(made))}")
+        return cls(store, dictionary or max(made, key=lambda slug: made[slug]))
+
+    @property
+    def site(self) -> Site:
+        """Where the dictionary reads the model."""
+        return DictionarySpec.parse(self.dictionary).site
+
+    def load_dictionary(self) -> "Dictionary":
+        """The dictionary itself. Raises ArtifactError or DictionaryError when it is not there any more, or damaged."""
+        from sae_core.dictionary import Dictionary
+
+        return Dictionary.load(self.store.get("dictionary", self.dictionary).folder)
 
     def name(self, feature: int) -> str:
         """The feature's label, or its lexical label where none was written; empty before labels are made."""
@@ -200,7 +220,7 @@ class Atlas:
     @cached_property
     def sink_norm(self) -> float:
         """Norm above which a token counted as an attention sink in the harvest."""
-        harvest = self.store.get("activations", DictionarySpec.parse(self.dictionary).site.slug).manifest
+        harvest = self.store.get("activations", self.site.slug).manifest
         return float(harvest.summary["median_norm"] * harvest.settings["sink_norm"])
 
     @cached_property

@@ -16,10 +16,11 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from sae_core.display import display_strings
-from sae_core.pretrained import ModelError, load_tokenizer, load_weights
+from sae_core.names import Hook
+from sae_core.pretrained import ModelError, load_outline, load_tokenizer, load_weights
 from sae_core.progress import Report, silent
 from sae_core.sites import Site, find_final_norm, find_layers, find_site
-from sae_core.study import Hook, ModelSettings
+from sae_core.study import ModelSettings
 
 __all__ = ["Edit", "LanguageModel", "Message", "ModelError", "load_tokenizer"]
 
@@ -76,6 +77,19 @@ class LanguageModel:
         """
         weights = load_weights(settings, getattr(torch, precision), report)
         return cls(weights, load_tokenizer(settings), device)
+
+    @classmethod
+    def outline(cls, settings: ModelSettings, report: Report = silent) -> "LanguageModel":
+        """The model without weights and tokenizer: enough to ask for its sites and its context; raises as `load`."""
+        return cls(load_outline(settings, report), None, "meta")
+
+    def site(self, hook: Hook, layer: int) -> Site:
+        """The module at which an activation is read. Raises ModelError when the model has no such site."""
+        if not 0 <= layer < self.n_layers:
+            raise ModelError(
+                f"activations.layer = {layer}: the model has layers 0 to {self.n_layers - 1}: give one of these"
+            )
+        return find_site(self._layers[layer], hook)
 
     @torch.no_grad()
     def capture(
@@ -217,7 +231,7 @@ class LanguageModel:
 
     def _attach(self, hook: Hook, layer: int, visit: Edit) -> RemovableHandle:
         """Have every forward pass call `visit` with the activation and go on with what it returns."""
-        module, side = self._site(hook, layer)
+        module, side = self.site(hook, layer)
 
         def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
             if args:
@@ -230,11 +244,6 @@ class LanguageModel:
         if side == "input":
             return module.register_forward_pre_hook(on_input, with_kwargs=True)
         return module.register_forward_hook(on_output)
-
-    def _site(self, hook: Hook, layer: int) -> Site:
-        if not 0 <= layer < self.n_layers:
-            raise ModelError(f"activations.layer = {layer}: the model has layers 0 to {self.n_layers - 1}")
-        return find_site(self._layers[layer], hook)
 
 
 def _stop(acts: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, kl_div
 
 from sae_core.dictionary import Dictionary
 from sae_core.language_model import Edit, LanguageModel
-from sae_core.study import Hook
+from sae_core.names import Hook
 
 DENSE = 0.1
 """A feature that fires on a larger share of the tokens than this counts as dense."""

@@ -4,8 +4,8 @@ from typing import Literal, NamedTuple
 
 from torch import nn
 
+from sae_core.names import Hook
 from sae_core.pretrained import ModelError
-from sae_core.study import Hook
 
 
 class Site(NamedTuple):
@@ -38,7 +38,9 @@ def find_site(layer: nn.Module, hook: Hook) -> Site:
     found = attention if hook == "attn_out" else parts
     if not found:
         wanted = "class named attention" if hook == "attn_out" else "sublayer beside the attention"
-        raise ModelError(f"{type(layer).__name__} has no {hook} (no {wanted} was found): choose hook resid_post")
+        raise ModelError(
+            f"activations.hook = {hook}: {type(layer).__name__} has none (no {wanted} was found): choose resid_post"
+        )
     return Site(max(found, key=_size), "input" if hook == "mlp_in" else "output")
 
 

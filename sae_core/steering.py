@@ -8,8 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_core.atlas import Atlas
 from sae_core.dictionary import Dictionary
 from sae_core.errors import MindAtlasError
+from sae_core.language_model import Edit, LanguageModel, Message
+from sae_core.names import Site
 
 
 class SteeringError(MindAtlasError):
@@ -21,6 +24,13 @@ class Clamp(NamedTuple):
 
     feature: int
     strength: float
+
+
+class Answers(NamedTuple):
+    """What a model says to a prompt by itself, and what it says when it is steered."""
+
+    default: str
+    steered: str
 
 
 def clamp_edit(
@@ -53,6 +63,39 @@ def clamp_edit(
         return (rows + change).to(x.dtype).view_as(x)
 
     return edit
+
+
+def atlas_edit(
+    atlas: Atlas, clamps: Sequence[Clamp]
+) -> Callable[[Float[Tensor, "batch length d_model"]], Float[Tensor, "batch length d_model"]]:
+    """As `clamp_edit`, of an atlas's dictionary, with the maxima of its features and the bound of its sinks.
+
+    Raises also ArtifactError, when the dictionary is not there any more.
+    """
+    max_acts = torch.tensor(atlas.features.table()["max_act"].to_numpy())
+    return clamp_edit(atlas.load_dictionary(), clamps, max_acts, atlas.sink_norm)
+
+
+def default_and_steered(
+    lm: LanguageModel,
+    site: Site,
+    edit: Edit,
+    prompt: str | Sequence[Message],
+    max_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Answers:
+    """The model's answer as it is, and with the edit at the site; arguments and errors as in `LanguageModel.generate`.
+
+    Both draw with the same seed.
+    """
+
+    def answer() -> str:
+        return "".join(lm.generate(prompt, max_tokens, temperature, seed))
+
+    default = answer()
+    with lm.edit(site.hook, site.layer, edit):
+        return Answers(default, answer())
 
 
 def _check(clamps: Sequence[Clamp], max_acts: Float[Tensor, " d_sae"]) -> None:

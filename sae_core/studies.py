@@ -7,7 +7,8 @@ from typing import NamedTuple
 from sae_core.artifacts import PROJECT, Recipe, home
 from sae_core.settings import Settings
 from sae_core.stages import recipes
-from sae_core.study import DictionarySettings, Study, StudyError
+from sae_core.study import DictionarySettings, Study
+from sae_core.study_files import StudyError, load_study
 
 
 def study_folders() -> tuple[Path, Path]:
@@ -65,7 +66,7 @@ class Studies:
             StudyError: a file is no valid study, or two studies want different things under one name.
         """
         files = (file.resolve() for folder in folders for file in sorted(folder.glob("*.toml")))
-        return cls(Study.load(file) for file in files if file.is_file())
+        return cls(load_study(file) for file in files if file.is_file())
 
     def __iter__(self) -> Iterator[Study]:
         return iter(self.by_name.values())
@@ -77,11 +78,14 @@ class Studies:
             raise StudyError(f"no study {name!r}: known are {known}; or give the path of a .toml file")
         return self.by_name[name]
 
-    def order(self, slug: str) -> Order:
-        """The order behind an artifact's name. Raises StudyError when no study asks for it."""
+    def order(self, slug: str, study: str | None = None) -> Order:
+        """The order behind an artifact's name: the named study's, or the first that asks for it.
+
+        Raises StudyError when no study asks for it.
+        """
         for table in (self.corpora, self.sites, self.dictionaries):
             if slug in table:
-                return table[slug]
+                return table[slug]._replace(study=self.get(study)) if study else table[slug]
         raise StudyError(f"no study asks for {slug}: add its study file again, and reload Dagster's code location")
 
     def site_of(self, dictionary: str) -> str:

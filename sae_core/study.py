@@ -1,30 +1,22 @@
-"""A study: one TOML file that says what to map. Its schema, its names, and its sweep.
+"""The schema of a study: what to map, and every setting that decides what an artifact holds.
 
-Every setting that decides what an artifact holds is declared here, once, with its default and the source of
-that default. How a machine does the work (device, threads, concurrency) is no part of a study.
+Each is declared here, once, with its default and the source of that default. How a machine does the work (device,
+threads, concurrency) is no part of a study. Files are read by `study_files`.
 
 This module is light: it must import in milliseconds, because every Dagster process reads it.
 """
 
-import itertools
-import re
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, cast, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator, model_serializer, model_validator
 
-from sae_core.errors import MindAtlasError
+from sae_core.names import DictionarySpec, Hook, Site, to_slug
 from sae_core.settings import Settings
 
-Hook = Literal["resid_pre", "resid_post", "mlp_in", "mlp_out", "attn_out"]
 Architecture = Literal["batch_top_k", "top_k", "matryoshka_batch_top_k", "jump_relu", "relu"]
 Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class StudyError(MindAtlasError):
-    """A study file that cannot be used; the message names the file, the key and the cure."""
 
 
 class ModelSettings(Settings):
@@ -38,7 +30,7 @@ class ModelSettings(Settings):
     @property
     def slug(self) -> str:
         """The model's short name in paths: the last part of its source, in lower case."""
-        return _slug(Path(self.source).name.removesuffix(".gguf"))
+        return to_slug(Path(self.source).name.removesuffix(".gguf"))
 
 
 class Source(Settings):
@@ -258,61 +250,6 @@ class CheckSettings(Settings):
     """Least share of the asked-for features that got a written label."""
 
 
-class Site(NamedTuple):
-    """A place in a model, read over a corpus."""
-
-    model: str
-    hook: Hook
-    layer: int
-    corpus: str
-
-    @property
-    def slug(self) -> str:
-        return f"{self.model}.{self.hook}.L{self.layer:02d}.{self.corpus}"
-
-    @classmethod
-    def parse(cls, slug: str) -> "Site":
-        """The site of a slug. Raises StudyError when it is none. Model names may hold dots; the other parts do not."""
-        parts = slug.rsplit(".", 3)
-        if len(parts) != 4 or not all(parts) or parts[1] not in get_args(Hook) or not re.fullmatch(r"L\d+", parts[2]):
-            raise StudyError(f"{slug!r} is no site: expected <model>.<hook>.L<layer>.<corpus>")
-        return cls(parts[0], cast(Hook, parts[1]), int(parts[2][1:]), parts[3])
-
-
-class DictionarySpec(NamedTuple):
-    """One dictionary at a site: what its name says of it."""
-
-    site: Site
-    architecture: str
-    d_sae: int
-    k: int | None = None
-    l1_coefficient: float | None = None
-    """Names what has no `k`."""
-    variant: str = ""
-
-    @property
-    def slug(self) -> str:
-        sparsity = f"k{self.k}" if self.l1_coefficient is None else f"l{_number_slug(self.l1_coefficient)}"
-        end = f".{self.variant}" if self.variant else ""
-        return f"{self.site.slug}.{self.architecture}.w{self.d_sae}.{sparsity}{end}"
-
-    @classmethod
-    def parse(cls, slug: str) -> "DictionarySpec":
-        """The dictionary of a slug. Raises StudyError when it is none."""
-        found = re.fullmatch(
-            r"(.+)\.([a-z_]+)\.w(\d+)\.(?:k(\d+)|l(\d+(?:_\d+)?(?:e[+-]?\d+)?))(?:\.([a-z0-9-]+))?", slug
-        )
-        if not found:
-            raise StudyError(
-                f"{slug!r} is no dictionary: expected <site>.<architecture>.w<d_sae>.k<k>[.<variant>], "
-                "or l<l1_coefficient> in place of k<k>"
-            )
-        site, architecture, d_sae, k, penalty, variant = found.groups()
-        l1_coefficient = float(penalty.replace("_", ".")) if penalty else None
-        k = int(k) if k else None
-        return cls(Site.parse(site), architecture, int(d_sae), k, l1_coefficient, variant or "")
-
-
 class Study(Settings):
     """A study file, checked; a list in a dictionary field has become several dictionaries."""
 
@@ -330,6 +267,16 @@ class Study(Settings):
     labels: LabelSettings = LabelSettings()
     checks: CheckSettings = CheckSettings()
 
+    @model_validator(mode="after")
+    def _batches_fit(self) -> "Study":
+        largest = max(dictionary.batch_tokens for dictionary in self.dictionaries)
+        if largest > self.corpus.tokens:
+            raise ValueError(
+                f"dictionary.batch_tokens = {largest} is more than corpus.tokens = {self.corpus.tokens}: "
+                "give a batch_tokens of fewer, or more corpus.tokens"
+            )
+        return self
+
     @property
     def site(self) -> Site:
         return Site(self.model.slug, self.activations.hook, self.activations.layer, self.corpus.name)
@@ -337,107 +284,3 @@ class Study(Settings):
     def spec(self, dictionary: DictionarySettings) -> DictionarySpec:
         d = dictionary
         return DictionarySpec(self.site, d.architecture, d.d_sae, d.k, d.l1_coefficient, d.variant)
-
-    @classmethod
-    def load(cls, path: Path) -> "Study":
-        """Read and check a study file; relative paths in it are taken from the file's own folder.
-
-        Raises:
-            StudyError: the file is missing, is no TOML, or holds an unknown key or a bad value.
-        """
-        try:
-            table = tomllib.loads(path.read_text("utf-8"))
-        except FileNotFoundError:
-            raise StudyError(
-                f"no study file {path}: give the path of a .toml file, or a shipped study's name"
-            ) from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise StudyError(f"{path} is not a TOML file: {error}") from None
-        return cls.from_table(table, name=path.stem, file=str(path), folder=path.parent)
-
-    @classmethod
-    def from_table(cls, table: dict[str, Any], *, name: str, file: str = "study", folder: Path = Path()) -> "Study":
-        """As `load`, from a parsed table; `name` is the study's name, which is also its corpus's when none is given."""
-        try:
-            table = _resolve_paths({**table, "name": _slug(name).replace(".", "-")}, folder)
-            table["corpus"] = {"name": table["name"], **table.get("corpus", {})}
-            table["dictionaries"] = _sweep(table.pop("dictionary", {}))
-            study = cls.model_validate(table)
-        except ValidationError as error:
-            raise StudyError(f"{file}: {explain(error)}") from None
-        except ValueError as error:
-            raise StudyError(f"{file}: {error}") from None
-        slugs = [study.spec(d).slug for d in study.dictionaries]
-        if twice := next((s for s in slugs if slugs.count(s) > 1), None):
-            raise StudyError(f"{file}: two dictionaries are called {twice}: give each a `variant` of its own")
-        return study
-
-
-def _slug(name: str) -> str:
-    slug = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.")
-    if not slug:
-        raise ValueError(f"{name!r} leaves nothing to name files with: use letters and digits")
-    return slug
-
-
-def _number_slug(number: float) -> str:
-    """A number without a dot, which parts names: `5`, `0_5`."""
-    return repr(float(number)).removesuffix(".0").replace(".", "_")
-
-
-def _resolve_paths(table: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Sources that are paths (they begin with `.`, `/` or `~`) become absolute, seen from the study's folder."""
-
-    def resolve(source: Any) -> Any:
-        is_path = isinstance(source, str) and source.startswith((".", "/", "~"))
-        return str((folder / Path(source).expanduser()).resolve()) if is_path else source
-
-    def with_source(entry: Any) -> Any:
-        return {**entry, "source": resolve(entry.get("source"))} if isinstance(entry, dict) else resolve(entry)
-
-    for key in ("model", "corpus", "labels"):
-        if not isinstance(table.get(key, {}), dict):
-            raise ValueError(f"{key}: must be a table, [{key}]")
-    if "model" in table:
-        table["model"] = with_source(table["model"])
-    if "labels" in table:
-        table["labels"] = {key: resolve(v) if key == "model" else v for key, v in table["labels"].items()}
-    if isinstance(table.get("dictionary"), dict) and (source := table["dictionary"].get("source")):
-        sources = [resolve(s) for s in source] if isinstance(source, list) else resolve(source)
-        table["dictionary"] = {**table["dictionary"], "source": sources}
-    if isinstance(sources := table.get("corpus", {}).get("sources"), list):
-        table["corpus"] = {**table["corpus"], "sources": [with_source(s) for s in sources]}
-    return table
-
-
-def _sweep(dictionary: Any) -> list[dict[str, Any]]:
-    """One table for each combination of the lists in `[dictionary]`."""
-    if not isinstance(dictionary, dict):
-        raise ValueError("dictionary: must be a table, [dictionary]")
-    axes = [[(key, v) for v in (value if isinstance(value, list) else [value])] for key, value in dictionary.items()]
-    if empty := next((key for key, value in dictionary.items() if value == []), None):
-        raise ValueError(f"dictionary.{empty}: the list is empty: give at least one value")
-    return [dict(combination) for combination in itertools.product(*axes)]
-
-
-def explain(error: ValidationError) -> str:
-    """The first problem of a validation, as one line with the key, the value and the cure."""
-    problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"] if not isinstance(part, int))
-    key = key.replace("dictionaries", "dictionary")
-    if problem["type"] == "extra_forbidden":
-        known = ", ".join(sorted(_known_keys(problem["loc"])))
-        return f"{key}: unknown key; known here: {known}"
-    if problem["type"] == "missing":
-        return f"{key}: missing; add it"
-    return f"{key} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}" if key else problem["msg"]
-
-
-def _known_keys(location: tuple[int | str, ...]) -> set[str]:
-    """The keys that the table holds in which the last part of `location` is unknown."""
-    model: Any = Study
-    for part in (p for p in location[:-1] if isinstance(p, str)):
-        annotation = model.model_fields[part].annotation
-        model = getattr(annotation, "__args__", (annotation,))[0] or annotation
-    known = set(model.model_fields)
-    return {"dictionary" if key == "dictionaries" else key for key in known - {"name"}} if model is Study else known

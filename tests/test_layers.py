@@ -44,7 +44,7 @@ def test_all_three_packages_come_from_one_place():
     assert places == {ROOT}
 
 
-@pytest.mark.parametrize("module", ["pipelines.definitions", "pipelines.cli", "sae_core.study"])
+@pytest.mark.parametrize("module", ["pipelines.definitions", "pipelines.cli", "sae_core.studies"])
 def test_what_every_process_loads_is_light(module: str):
     code = f"import {module}, sys; print([m for m in {HEAVY} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)

@@ -6,8 +6,8 @@ from sae_core.artifacts import ArtifactStore
 from sae_core.dictionary import Dictionary
 from sae_core.features.reader import FeatureError
 from sae_core.language_model import LanguageModel
+from sae_core.names import DictionarySpec
 from sae_core.pretrained import expected_bos
-from sae_core.study import DictionarySpec
 
 TokenFeatures = tuple[str, list[tuple[int, float]]]
 

@@ -8,7 +8,7 @@ from sae_core.artifacts import ArtifactError
 from sae_core.dictionary import Dictionary
 from sae_core.interop import dictionary_learning, saelens, sparsify
 from sae_core.interop.foreign import InteropError
-from sae_core.study import Site
+from sae_core.names import Site
 
 __all__ = ["FORMATS", "InteropError", "read", "write"]
 

@@ -36,7 +36,7 @@ from sae_core.interop.foreign import (
     write_config,
     write_tensors,
 )
-from sae_core.study import Site
+from sae_core.names import Site
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 FILES = (CONFIG, WEIGHTS)

@@ -131,7 +131,7 @@ def test_bad_input_is_one_line_and_a_status(home: Path, arguments: tuple[str, ..
     ("old", "new", "message"),
     [
         ("k = 4", "kay = 4", "dictionary.kay: unknown key; known here:"),
-        ("layer = 2", "layer = 9", "activations.layer = 9: the model has layers 0 to 3"),
+        ("layer = 2", "layer = 9", "activations.layer = 9: the model has layers 0 to 3: give one of these"),
         ("../models/tiny-llama", "../models/nowhere", "nowhere"),
         ('"../text"', '"../empty"', "empty"),
         ('"../text"', '"wiki-enn"', "wiki-en"),
@@ -149,6 +149,8 @@ def test_a_bad_study_is_refused_in_one_line(tiny_study: Path, tmp_path: Path, ol
     assert done.returncode == 1
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("*/*/manifest.json"))
+    assert not list(tmp_path.rglob("*.parquet"))
 
 
 def test_a_study_that_clashes_with_another_is_not_taken_in(home: Path, tmp_path: Path):

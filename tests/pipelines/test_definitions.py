@@ -114,6 +114,30 @@ def test_a_changed_study_file_is_followed_stage_by_stage(workshop: Workshop, mon
     assert [m.stage for key, m in after.items() if m != before[key]] == ["neighbors"]
 
 
+def test_a_study_that_cannot_be_made_is_refused_before_its_shared_corpus_is_made(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+):
+    """Whichever of two studies of one corpus comes first, each is judged by its own site and batch."""
+    good = STUDIES.get("tiny")
+    deep = good.activations.model_copy(update={"layer": 9})
+    greedy = [d.model_copy(update={"batch_tokens": 6_000, "variant": "greedy"}) for d in good.dictionaries]
+    bad = [
+        good.model_copy(update={"name": "deep", "activations": deep}),
+        good.model_copy(update={"name": "greedy", "dictionaries": greedy}),
+    ]
+    monkeypatch.setattr("assets.resources.STUDIES", Studies([*bad, good]))
+    with dg.DagsterInstance.ephemeral() as instance:
+        for study, why in zip(bad, ("layers 0 to 3", "batch_tokens = 6000: the corpus has"), strict=True):
+            with pytest.raises(dg.Failure, match=why):
+                list(bring_up_to_date(study, workshop, instance))
+            assert not any(workshop.store.slugs(stage) for stage in VERSIONS)
+        next(bring_up_to_date(good, workshop, instance))
+        assert workshop.store.slugs("corpus") == ["tiny"]
+        with pytest.raises(dg.Failure, match="batch_tokens = 6000"):  # now that there is a corpus
+            list(bring_up_to_date(bad[1], workshop, instance))
+        assert workshop.store.slugs("activations") == []
+
+
 def test_the_corpus_sensor_asks_once_for_each_change_of_a_built_corpus(
     workshop: Workshop, text_folder: Path, tmp_path: Path
 ):

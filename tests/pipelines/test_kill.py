@@ -1,15 +1,21 @@
 """SIGKILL in each stage, then the same command again: the artifacts are those of an undisturbed run."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pytest_httpserver import HTTPServer
+from werkzeug import Request, Response
 
 from sae_core.artifacts import PROJECT, ArtifactStore
+from sae_core.labels.reader import ATTEMPTS
 from sae_core.stages import VERSIONS
 
 DRIVER = """
@@ -40,27 +46,54 @@ def run(home: Path, kill_in: str = "nothing") -> int:
     """`mind-atlas run tiny`, killed in a stage; its exit status."""
     (home / "dagster").mkdir(exist_ok=True)
     shutil.copy(PROJECT / "dagster.yaml", home / "dagster")
-    environment = os.environ | {"MIND_ATLAS_HOME": str(home), "DAGSTER_HOME": str(home / "dagster")}
+    own = {"MIND_ATLAS_HOME": str(home), "MIND_ATLAS_CACHE": str(home / "cache"), "DAGSTER_HOME": str(home / "dagster")}
+    environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()} | own
     command = [sys.executable, "-c", DRIVER, kill_in, "run", "tiny", "--json"]
     done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done.returncode
 
 
-def files(home: Path) -> dict[str, dict]:
-    """Checksum of every file of every artifact."""
+def content(home: Path) -> dict[str, Any]:
+    """Checksum of every file of every artifact; of the record of attempts, what it says but for times and repeats."""
     store = ArtifactStore(home)
-    found = [store.get(stage, slug).manifest for stage in VERSIONS for slug in store.slugs(stage)]
-    return {manifest.key: manifest.files for manifest in found}
+    found = [store.get(stage, slug) for stage in VERSIONS for slug in store.slugs(stage)]
+    files = {f"{made.manifest.key}/{name}": sums for made in found for name, sums in made.manifest.files.items()}
+    timeless = {json.dumps(a | {"seconds": 0, "cached": False}, sort_keys=True) for a in attempts(home)}
+    return {name: timeless if name.endswith(ATTEMPTS) else sums for name, sums in files.items()}
+
+
+def attempts(home: Path) -> list[dict[str, Any]]:
+    (file,) = home.glob(f"labels/*/*/{ATTEMPTS}")
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
 
 
 @pytest.fixture
-def homes(tiny_study: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """Two homes with the tiny study: one to be left in peace, and one to be disturbed."""
+def label_writer(httpserver: HTTPServer) -> str:
+    """Base URL of a server that gives every prompt a label of its own."""
+
+    def answer(request: Request) -> Response:
+        digest = sha256(json.dumps(request.get_json()["messages"]).encode()).hexdigest()
+        label = {"label": f"thing {digest[:8]}", "description": "A thing.", "kind": "input", "confidence": 0.5}
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": json.dumps(label)}}
+        body = {"id": digest, "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+        return Response(json.dumps(body), content_type="application/json")
+
+    httpserver.expect_request("/v1/chat/completions").respond_with_handler(answer)
+    return httpserver.url_for("/v1")
+
+
+@pytest.fixture
+def homes(tiny_study: Path, label_writer: str, tmp_path: Path) -> tuple[Path, Path]:
+    """Two homes with the tiny study, its labels written by a server: one left in peace, and one to be disturbed."""
+    labels = f'features = 12\nbase_url = "{label_writer}"\nmodel = "m"'
+    study = tiny_study.parent.parent / "written" / "tiny.toml"  # beside, as its paths are seen from its folder
+    study.parent.mkdir(exist_ok=True)
+    study.write_text(tiny_study.read_text("utf-8").replace("features = 0", labels), "utf-8")
     made = tmp_path / "calm", tmp_path / "disturbed"
     for home in made:
         (home / "studies").mkdir(parents=True)
-        (home / "studies" / "tiny.toml").symlink_to(tiny_study)
+        (home / "studies" / "tiny.toml").symlink_to(study)
     return made
 
 
@@ -71,5 +104,7 @@ def test_a_run_killed_in_each_stage_ends_with_the_artifacts_of_an_undisturbed_on
         assert run(disturbed, kill_in=stage) == -signal.SIGKILL, stage
         assert not list((disturbed / stage).glob("*/manifest.json")), stage
     assert run(disturbed) == 0
-    assert files(disturbed) == files(calm)
-    assert len(files(calm)) == len(VERSIONS)
+    assert content(disturbed) == content(calm)
+    assert {name.partition("/")[0] for name in content(calm)} == set(VERSIONS)
+    assert len({attempt["feature"] for attempt in attempts(calm)}) == 12
+    assert any(attempt["cached"] for attempt in attempts(disturbed))  # what was answered is not asked again

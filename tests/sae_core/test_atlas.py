@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -206,13 +207,32 @@ def test_a_feature_that_is_not_there_is_refused(atlas: Atlas) -> None:
 
 def test_an_atlas_without_later_stages_can_be_read(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
-    with pytest.raises(ArtifactError, match="not made yet"):
+    with pytest.raises(ArtifactError, match="no atlas is made yet: `mind-atlas run`"):
         Atlas.open(store, SLUG)
     make(store, "features")
     atlas = Atlas.open(store, SLUG)
     card = atlas.feature(0)
     assert (card.label, card.name, card.neighbors, card.place) == (None, "", [], None)
     assert features(atlas, "bridge") == [0]
+
+
+def test_without_a_name_the_dictionary_finished_last_is_meant(
+    store: ArtifactStore, atlas: Atlas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Tomorrow(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> "datetime":
+            return datetime.now(tz) + timedelta(days=1)
+
+    monkeypatch.setattr("sae_core.artifacts.datetime", Tomorrow)
+    for other in (f"{SLUG}.a", f"{SLUG}.b"):
+        if other.endswith("b"):
+            monkeypatch.undo()
+        store.make(Recipe("features", other, 1, {}), lambda draft: write_features(draft.folder) or {})
+    assert Atlas.open(store).dictionary == f"{SLUG}.a"
+    assert Atlas.open(store, SLUG).dictionary == SLUG
+    with pytest.raises(ArtifactError, match=f"no finished dictionary nowhere: finished are {SLUG}, {SLUG}.a"):
+        Atlas.open(store, "nowhere")
 
 
 def test_searches_from_many_threads_agree(atlas: Atlas) -> None:

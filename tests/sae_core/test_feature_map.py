@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,19 +8,8 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from sae_core.dictionary import Dictionary
 from sae_core.feature_map import build_feature_map
 from sae_core.study import FeatureMapSettings
-
-
-def save_dictionary(folder: Path, rows: torch.Tensor) -> Path:
-    folder.mkdir()
-    W_dec = torch.nn.functional.normalize(rows, dim=1)
-    d_sae, d_model = rows.shape
-    b_enc, threshold = torch.zeros(d_sae), torch.zeros(d_sae)
-    config = {"architecture": "batch_top_k", "k": 1}
-    Dictionary(W_dec.T.clone(), b_enc, W_dec, torch.zeros(d_model), threshold, config).save(folder)
-    return folder
 
 
 def grouped_rows(sizes: list[int], d_model: int = 24) -> tuple[torch.Tensor, np.ndarray]:
@@ -29,19 +19,25 @@ def grouped_rows(sizes: list[int], d_model: int = 24) -> tuple[torch.Tensor, np.
     return centers[group] + 0.25 * torch.randn(len(group), d_model, generator=generator), group
 
 
-def build(tmp_path: Path, rows: torch.Tensor, name: str = "map", **settings: Any) -> tuple[dict[str, Any], Any]:
-    out = tmp_path / name
-    out.mkdir()
-    dictionary = tmp_path / "dictionary"
-    if not dictionary.exists():
-        save_dictionary(dictionary, rows)
-    summary = build_feature_map(FeatureMapSettings(**settings), dictionary, out)
-    return summary, pq.read_table(out / "map.parquet")
+Build = Callable[..., tuple[dict[str, Any], Any]]
 
 
-def test_planted_groups_become_clusters_numbered_by_size_and_lie_together(tmp_path: Path) -> None:
+@pytest.fixture
+def build(tmp_path: Path, save_dictionary: Callable[[torch.Tensor], Path]) -> Build:
+    """Makes the map of a dictionary with the given decoder rows, in a folder of the given name."""
+
+    def build(rows: torch.Tensor, name: str = "map", **settings: Any) -> tuple[dict[str, Any], Any]:
+        out = tmp_path / name
+        out.mkdir()
+        summary = build_feature_map(FeatureMapSettings(**settings), save_dictionary(rows), out)
+        return summary, pq.read_table(out / "map.parquet")
+
+    return build
+
+
+def test_planted_groups_become_clusters_numbered_by_size_and_lie_together(build: Build) -> None:
     rows, group = grouped_rows([30, 90, 50])
-    summary, table = build(tmp_path, rows)
+    summary, table = build(rows)
     clusters = table["cluster"].to_numpy()
     assert summary == {"n_features": 170, "n_clusters": 3, "clustered": float((clusters >= 0).mean()), "placed": 1.0}
     assert adjusted_rand_score(group, clusters) > 0.95
@@ -53,20 +49,20 @@ def test_planted_groups_become_clusters_numbered_by_size_and_lie_together(tmp_pa
     assert (group[distances.argmin(1)] == group).mean() > 0.95
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_layout(tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_layout(build: Build, tmp_path: Path) -> None:
     rows, _ = grouped_rows([40, 40])
-    _, first = build(tmp_path, rows, "first")
-    build(tmp_path, rows, "second")
-    _, other = build(tmp_path, rows, "other", seed=1)
+    _, first = build(rows, "first")
+    build(rows, "second")
+    _, other = build(rows, "other", seed=1)
     files = [(tmp_path / name / "map.parquet").read_bytes() for name in ("first", "second")]
     assert files[0] == files[1]
     assert not first["x"].equals(other["x"])
 
 
 @pytest.mark.parametrize("d_sae", [1, 2, 3, 10, 16, 17, 18])
-def test_tiny_dictionaries_are_placed_too(tmp_path: Path, d_sae: int) -> None:
+def test_tiny_dictionaries_are_placed_too(build: Build, d_sae: int) -> None:
     rows = torch.randn(d_sae, 5, generator=torch.Generator().manual_seed(0))
-    summary, table = build(tmp_path, rows)
+    summary, table = build(rows)
     assert table["feature"].to_pylist() == list(range(d_sae))
     assert np.isfinite(table["x"].to_numpy()).all()
     assert np.isfinite(table["y"].to_numpy()).all()
@@ -74,14 +70,12 @@ def test_tiny_dictionaries_are_placed_too(tmp_path: Path, d_sae: int) -> None:
     assert summary["n_features"] == d_sae
 
 
-def test_a_dictionary_of_copies_and_one_of_a_single_dimension_are_placed(tmp_path: Path) -> None:
+def test_a_dictionary_of_copies_and_one_of_a_single_dimension_are_placed(build: Build) -> None:
     for name, rows in (("copies", torch.ones(60, 8)), ("line", torch.ones(40, 1))):
-        folder = tmp_path / name
-        folder.mkdir()
-        _, table = build(folder, rows)
+        _, table = build(rows, name)
         assert np.isfinite(table["x"].to_numpy()).all()
 
 
-def test_a_cluster_size_above_the_dictionary_gives_no_clusters(tmp_path: Path) -> None:
-    summary, _ = build(tmp_path, grouped_rows([20, 20])[0], min_cluster_size=100)
+def test_a_cluster_size_above_the_dictionary_gives_no_clusters(build: Build) -> None:
+    summary, _ = build(grouped_rows([20, 20])[0], min_cluster_size=100)
     assert (summary["n_clusters"], summary["clustered"]) == (0, 0)

@@ -4,26 +4,30 @@ import shutil
 from pathlib import Path
 
 import gguf
-import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from sae_core.display import display_strings
 from sae_core.errors import MindAtlasError
 from sae_core.language_model import LanguageModel, ModelError, _positions, _whole_characters, load_tokenizer
-from sae_core.pretrained import _dequantized
+from sae_core.pretrained import _compact, _dequantized
+from sae_core.progress import silent
 from sae_core.study import ModelSettings
 
 TURNS = [{"role": "user", "content": "Hello"}]
-
-
-@pytest.fixture(scope="module")
-def lm(tiny_model: Path) -> LanguageModel:
-    return LanguageModel.load(ModelSettings(source=str(tiny_model)), precision="float32")
 
 
 @pytest.fixture
@@ -285,8 +289,11 @@ def test_a_hub_id_that_is_not_cached_is_refused_offline() -> None:
         load_tokenizer(ModelSettings(source="no-such-owner/no-such-model"))
 
 
-def _write_gguf(path: Path, folder: Path) -> None:
-    """A GGUF of the tiny Llama, as llama.cpp lays it out (rows of Q and K interleaved for its RoPE)."""
+def _write_gguf(path: Path, folder: Path, kind: Kind = Kind.F32) -> None:
+    """A GGUF of the tiny Llama, as llama.cpp lays it out (rows of Q and K interleaved for its RoPE).
+
+    `kind` is that of its matrices.
+    """
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     vocab = sorted(tokenizer["model"]["vocab"].items(), key=lambda item: item[1])
     special = {token["id"] for token in tokenizer["added_tokens"]}
@@ -313,7 +320,8 @@ def _write_gguf(path: Path, folder: Path) -> None:
         for part, heads in (("q_proj", 4), ("k_proj", 2)):
             if part in name:
                 array = array.reshape(heads, 2, -1, 32).swapaxes(1, 2).reshape(array.shape)
-        writer.add_tensor(names.get_name(name, (".weight",)), np.ascontiguousarray(array))
+        stored = kind if array.ndim == 2 else Kind.F32
+        writer.add_tensor(names.get_name(name, (".weight",)), gguf.quantize(array, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -345,17 +353,55 @@ def test_a_gguf_is_dequantized_once_and_is_the_same_model(
     assert len(load_file(made)) == len(load_file(tiny_model / "model.safetensors"))  # the tied weight is stored once
 
 
+@pytest.mark.parametrize(
+    ("values", "quantized", "dtype"),
+    [
+        ([[1.0, -1.5]], False, torch.bfloat16),
+        ([[1.0, 1 + 2**-10]], False, torch.float16),
+        ([[1.0, 1 + 2**-20]], False, torch.float32),
+        ([[1e5, 1 + 2**-10]], False, torch.float32),
+        ([[1.0, 1 + 2**-20]], True, torch.bfloat16),
+        ([1.0, 1 + 2**-20], True, torch.float32),
+    ],
+)
+def test_weights_are_kept_in_the_type_that_holds_them_and_quantized_matrices_in_bfloat16(
+    values: list, quantized: bool, dtype: torch.dtype
+) -> None:
+    weight = torch.tensor(values)
+    kept = _compact(weight, quantized)
+    assert kept.dtype == dtype
+    assert torch.equal(kept.bfloat16(), weight.bfloat16())
+    assert torch.equal(kept.float(), weight) or (quantized and weight.ndim == 2)
+
+
+def test_a_plain_gguf_loses_nothing_and_a_quantized_one_is_what_bfloat16_makes_of_it(
+    gguf_file: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MIND_ATLAS_CACHE", str(tmp_path))
+    original = load_file(tiny_model / "model.safetensors")
+    plain = load_file(_dequantized(gguf_file, silent) / "model.safetensors")
+    for name in plain.keys() & original.keys():  # all but the tied weight, which has two names
+        assert torch.equal(plain[name].float(), original[name])
+    _write_gguf(tmp_path / "small.gguf", tiny_model, Kind.Q8_0)
+    quantized = load_file(_dequantized(tmp_path / "small.gguf", silent) / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    exact = torch.from_numpy(gguf.dequantize(gguf.quantize(original[name].numpy(), Kind.Q8_0), Kind.Q8_0))
+    assert quantized[name].dtype == torch.bfloat16
+    assert torch.equal(quantized[name], exact.bfloat16())
+    assert not torch.equal(exact, exact.bfloat16().float())
+
+
 def test_a_killed_dequantization_leaves_nothing_that_counts(
     gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MIND_ATLAS_CACHE", str(tmp_path))
     monkeypatch.setattr("sae_core.pretrained.save_model", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        _dequantized(gguf_file, lambda *_, **__: None)
+        _dequantized(gguf_file, silent)
     assert not list((tmp_path / "models").glob("*/model.safetensors"))
     monkeypatch.undo()
     monkeypatch.setenv("MIND_ATLAS_CACHE", str(tmp_path))
-    folder = _dequantized(gguf_file, lambda *_, **__: None)
+    folder = _dequantized(gguf_file, silent)
     assert {file.name for file in folder.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
     assert [path.name for path in (tmp_path / "models").iterdir() if path.is_dir()] == [folder.name]
 
@@ -365,3 +411,25 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "bad.gguf").write_bytes(b"not a model at all" * 9)
     with pytest.raises(ModelError, match="cannot be read as a model"):
         load_tokenizer(ModelSettings(source=str(tmp_path / "bad.gguf")))
+
+
+def test_an_outline_has_the_sites_and_the_context_of_the_model_and_no_weight(
+    tiny_model: Path, gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MIND_ATLAS_CACHE", str(tmp_path / "cache"))
+    bare = shutil.copytree(tiny_model, tmp_path / "bare")
+    (bare / "model.safetensors").unlink()
+    for source in (bare, gguf_file):
+        outline = LanguageModel.outline(ModelSettings(source=str(source)))
+        assert (outline.n_layers, outline.d_model, outline.context) == (4, 32, 512)
+        assert all(weight.is_meta for weight in outline.model.parameters())
+        assert type(outline.site("attn_out", 3).module).__name__ == "LlamaAttention"
+        with pytest.raises(ModelError, match="layer = 4: the model has layers 0 to 3"):
+            outline.site("resid_post", 4)
+    assert not (tmp_path / "cache").exists()  # nothing was de-quantized
+
+
+def test_a_hook_that_the_model_lacks_is_refused() -> None:
+    layers = MambaForCausalLM(MambaConfig(vocab_size=512, hidden_size=32, num_hidden_layers=2, state_size=4))
+    with pytest.raises(ModelError, match=r"activations.hook = attn_out: MambaBlock has none .*: choose resid_post"):
+        LanguageModel(layers, None).site("attn_out", 1)

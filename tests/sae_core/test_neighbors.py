@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,30 +8,28 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from sae_core.dictionary import Dictionary
 from sae_core.neighbors import build_index, build_neighbors, nearest, recall
 from sae_core.study import NeighborSettings
-
-
-def save_dictionary(folder: Path, rows: torch.Tensor) -> Path:
-    folder.mkdir()
-    W_dec = torch.nn.functional.normalize(rows, dim=1)
-    d_sae, d_model = rows.shape
-    b_enc, threshold = torch.zeros(d_sae), torch.zeros(d_sae)
-    config = {"architecture": "batch_top_k", "k": 1}
-    Dictionary(W_dec.T.clone(), b_enc, W_dec, torch.zeros(d_model), threshold, config).save(folder)
-    return folder
 
 
 def random_rows(d_sae: int, d_model: int = 16, seed: int = 0) -> torch.Tensor:
     return torch.randn(d_sae, d_model, generator=torch.Generator().manual_seed(seed))
 
 
-def build(tmp_path: Path, rows: torch.Tensor, **settings: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    out = tmp_path / "neighbors"
-    out.mkdir()
-    summary = build_neighbors(NeighborSettings(**settings), save_dictionary(tmp_path / "dictionary", rows), out)
-    return summary, pq.read_table(out / "neighbors.parquet").to_pylist()
+Build = Callable[..., tuple[dict[str, Any], list[dict[str, Any]]]]
+
+
+@pytest.fixture
+def build(tmp_path: Path, save_dictionary: Callable[[torch.Tensor], Path]) -> Build:
+    """Finds the neighbors in a dictionary with the given decoder rows."""
+
+    def build(rows: torch.Tensor, **settings: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        out = tmp_path / "neighbors"
+        out.mkdir()
+        summary = build_neighbors(NeighborSettings(**settings), save_dictionary(rows), out)
+        return summary, pq.read_table(out / "neighbors.parquet").to_pylist()
+
+    return build
 
 
 def true_neighbors(rows: torch.Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -42,9 +41,9 @@ def true_neighbors(rows: torch.Tensor, count: int) -> tuple[np.ndarray, np.ndarr
 
 
 @pytest.mark.parametrize("exact_up_to", [1000, 10])
-def test_neighbors_agree_with_all_pairs_in_numpy(tmp_path: Path, exact_up_to: int) -> None:
+def test_neighbors_agree_with_all_pairs_in_numpy(build: Build, exact_up_to: int) -> None:
     rows = random_rows(300)
-    summary, table = build(tmp_path, rows, count=7, exact_up_to=exact_up_to)
+    summary, table = build(rows, count=7, exact_up_to=exact_up_to)
     order, cosines = true_neighbors(rows, 7)
     assert summary["index"] == ("exact" if exact_up_to == 1000 else "hnsw")
     assert summary["recall_at_10"] == 1
@@ -53,10 +52,10 @@ def test_neighbors_agree_with_all_pairs_in_numpy(tmp_path: Path, exact_up_to: in
     np.testing.assert_allclose([r["cosine"] for r in table], cosines.ravel(), atol=1e-6)
 
 
-def test_a_feature_is_never_its_own_neighbor_even_among_copies(tmp_path: Path) -> None:
+def test_a_feature_is_never_its_own_neighbor_even_among_copies(build: Build) -> None:
     rows = random_rows(40)
     rows[5:30] = rows[5]
-    summary, table = build(tmp_path, rows, count=12)
+    summary, table = build(rows, count=12)
     assert all(r["feature"] != r["neighbor"] for r in table)
     assert all(r["cosine"] <= 1 for r in table)
     assert {r["neighbor"] for r in table if r["feature"] == 5} <= set(range(5, 30))
@@ -65,9 +64,9 @@ def test_a_feature_is_never_its_own_neighbor_even_among_copies(tmp_path: Path) -
 
 @pytest.mark.parametrize(("d_sae", "n_rows", "recall_at_10"), [(1, 0, 1.0), (2, 2, 1.0), (5, 20, 1.0)])
 def test_a_tiny_dictionary_has_all_others_as_neighbors(
-    tmp_path: Path, d_sae: int, n_rows: int, recall_at_10: float | None
+    build: Build, d_sae: int, n_rows: int, recall_at_10: float | None
 ) -> None:
-    summary, table = build(tmp_path, random_rows(d_sae))
+    summary, table = build(random_rows(d_sae))
     assert len(table) == n_rows
     assert summary["recall_at_10"] == recall_at_10
 
@@ -83,9 +82,11 @@ def test_recall_of_a_poor_graph_is_below_one_and_agrees_with_counting() -> None:
     assert recall(index, rows) == pytest.approx(by_counting, abs=1e-3)
 
 
-def test_the_graph_is_the_same_bytes_each_time_and_the_saved_index_answers(tmp_path: Path) -> None:
+def test_the_graph_is_the_same_bytes_each_time_and_the_saved_index_answers(
+    tmp_path: Path, save_dictionary: Callable[[torch.Tensor], Path]
+) -> None:
     rows = random_rows(500)
-    dictionary = save_dictionary(tmp_path / "dictionary", rows)
+    dictionary = save_dictionary(rows)
     contents = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -97,9 +98,11 @@ def test_the_graph_is_the_same_bytes_each_time_and_the_saved_index_answers(tmp_p
     assert index.search(unit[:5], 1)[1].ravel().tolist() == [0, 1, 2, 3, 4]
 
 
-def test_progress_ends_at_the_number_of_features(tmp_path: Path) -> None:
+def test_progress_ends_at_the_number_of_features(
+    tmp_path: Path, save_dictionary: Callable[[torch.Tensor], Path]
+) -> None:
     told = []
     (tmp_path / "out").mkdir()
-    dictionary = save_dictionary(tmp_path / "dictionary", random_rows(1500))
+    dictionary = save_dictionary(random_rows(1500))
     build_neighbors(NeighborSettings(), dictionary, tmp_path / "out", lambda done, total, unit, **_: told.append(done))
     assert told == [1024, 1500]

@@ -5,15 +5,18 @@ from pathlib import Path
 
 from sae_core.artifacts import Recipe
 from sae_core.stages import recipes
-from sae_core.study import Study
+from sae_core.study_files import load_study
+
+STUDY = """
+model.source = "smollm2-135m-instruct"
+corpus.sources = ["wiki-en"]
+activations.layer = 3
+"""
 
 
-def dictionary(folder: Path, **settings: object) -> Recipe:
-    table = {
-        "model": {"source": "smollm2-135m-instruct"}, "corpus": {"sources": ["wiki-en"]}, "activations": {"layer": 3},
-        "dictionary": settings,
-    }  # fmt: skip
-    study = Study.from_table(table, name="mine", folder=folder)
+def dictionary(folder: Path, source: str = "") -> Recipe:
+    (folder / "mine.toml").write_text(STUDY + (f'dictionary.source = "{source}"' if source else ""), "utf-8")
+    study = load_study(folder / "mine.toml")
     return next(recipe for recipe in recipes(study) if recipe.stage == "dictionary")
 
 

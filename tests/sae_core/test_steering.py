@@ -1,12 +1,17 @@
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
 
+from sae_core.artifacts import ArtifactStore, Draft, Recipe
+from sae_core.atlas import Atlas
 from sae_core.dictionary import Dictionary
 from sae_core.language_model import LanguageModel
-from sae_core.steering import Clamp, SteeringError, clamp_edit
+from sae_core.names import Site
+from sae_core.steering import Clamp, SteeringError, atlas_edit, clamp_edit, default_and_steered
 from sae_core.study import ModelSettings
 
 D_MODEL, D_SAE = 32, 64
@@ -29,11 +34,6 @@ def max_acts() -> Tensor:
     maxima = torch.linspace(1, 9, D_SAE)
     maxima[DEAD] = 0
     return maxima
-
-
-@pytest.fixture(scope="module")
-def lm(tiny_model: Path) -> LanguageModel:
-    return LanguageModel.load(ModelSettings(source=str(tiny_model)), precision="float32")
 
 
 @pytest.fixture
@@ -116,3 +116,44 @@ def test_a_clamp_that_makes_no_sense_is_refused(
 ) -> None:
     with pytest.raises(SteeringError, match=why):
         clamp_edit(dictionary, clamps, max_acts)
+
+
+@pytest.fixture
+def atlas(dictionary: Dictionary, max_acts: Tensor, tmp_path: Path) -> Atlas:
+    """What steering reads of an atlas; a token counts as a sink above the norm 4 * 5."""
+    store, site = ArtifactStore(tmp_path), Site("tiny-llama", "resid_post", 2, "mini")
+    slug = f"{site.slug}.batch_top_k.w{D_SAE}.k4"
+
+    def features(draft: Draft) -> dict[str, int]:
+        table = pa.table({"feature": range(D_SAE), "max_act": max_acts.tolist()})
+        pq.write_table(table, draft.folder / "features.parquet")
+        pq.write_table(pa.table({"feature": [0]}), draft.folder / "examples.parquet")
+        return {}
+
+    store.make(Recipe("activations", site.slug, 1, {"sink_norm": 4.0}), lambda draft: {"median_norm": 5.0})
+    store.make(Recipe("dictionary", slug, 1, {}), lambda draft: dictionary.save(draft.folder) or {})
+    store.make(Recipe("features", slug, 1, {}), features)
+    return Atlas.open(store)
+
+
+def test_an_atlas_is_steered_in_units_of_its_own_maxima_around_its_own_sinks(
+    atlas: Atlas, dictionary: Dictionary, max_acts: Tensor
+) -> None:
+    x = torch.randn(2, 30, D_MODEL, generator=torch.Generator().manual_seed(1)) * 3.5
+    above = x.norm(dim=-1) > 20
+    assert 0 < above.sum() < 60
+    edited = atlas_edit(atlas, CLAMPS[3])(x)
+    assert torch.equal(edited, clamp_edit(dictionary, CLAMPS[3], max_acts, sink_norm=20.0)(x))
+    assert torch.equal((edited != x).any(dim=-1), ~above)
+    with pytest.raises(SteeringError, match="feature 64 does not exist"):
+        atlas_edit(atlas, [Clamp(D_SAE, 1.0)])
+
+
+def test_the_default_answer_is_the_models_own_and_the_steered_one_is_made_under_the_edit(
+    atlas: Atlas, lm: LanguageModel
+) -> None:
+    edit, turns = atlas_edit(atlas, [Clamp(3, 50.0)]), [{"role": "user", "content": "The river"}]
+    answers = default_and_steered(lm, atlas.site, edit, turns, 20, 0.7, 5)
+    assert answers.default == "".join(lm.generate(turns, 20, 0.7, 5)) != answers.steered
+    with lm.edit("resid_post", 2, edit):
+        assert answers.steered == "".join(lm.generate(turns, 20, 0.7, 5))

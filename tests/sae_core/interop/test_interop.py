@@ -17,7 +17,8 @@ from sae_core.artifacts import ArtifactError
 from sae_core.dictionary import Dictionary
 from sae_core.interop import FORMATS, InteropError
 from sae_core.interop.foreign import read_tensors
-from sae_core.study import Architecture, Site
+from sae_core.names import Site
+from sae_core.study import Architecture
 
 SITE = Site("smollm2-135m-instruct", "resid_post", 15, "quickstart")
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "rank_scale")

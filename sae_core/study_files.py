@@ -1,0 +1,110 @@
+"""Study files: read, checked, and refused with the key, the value and the cure.
+
+A list in the `[dictionary]` table is a sweep: one dictionary for each combination.
+"""
+
+import itertools
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from sae_core.errors import MindAtlasError
+from sae_core.names import to_slug
+from sae_core.study import Study
+
+
+class StudyError(MindAtlasError):
+    """A study file that cannot be used; the message names the file, the key and the cure."""
+
+
+def load_study(path: Path) -> Study:
+    """Read and check a study file; relative paths in it are taken from the file's own folder.
+
+    The file's name is the study's, and its corpus's when none is given.
+
+    Raises:
+        StudyError: the file is missing, is no TOML, or holds an unknown key or a bad value.
+    """
+    try:
+        study = _study(tomllib.loads(path.read_text("utf-8")), path)
+    except FileNotFoundError:
+        raise StudyError(f"no study file {path}: give the path of a .toml file, or a shipped study's name") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path} is not a TOML file: {error}") from None
+    except ValidationError as error:
+        raise StudyError(f"{path}: {explain(error)}") from None
+    except ValueError as error:
+        raise StudyError(f"{path}: {error}") from None
+    slugs = [study.spec(d).slug for d in study.dictionaries]
+    if twice := next((s for s in slugs if slugs.count(s) > 1), None):
+        raise StudyError(f"{path}: two dictionaries are called {twice}: give each a `variant` of its own")
+    return study
+
+
+def _study(table: dict[str, Any], path: Path) -> Study:
+    """The parsed table as a study. Raises ValueError (as which pydantic's ValidationError counts)."""
+    table = _resolve_paths({**table, "name": to_slug(path.stem).replace(".", "-")}, path.parent)
+    table["corpus"] = {"name": table["name"], **table.get("corpus", {})}
+    table["dictionaries"] = _sweep(table.pop("dictionary", {}))
+    return Study.model_validate(table)
+
+
+def _resolve_paths(table: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Sources that are paths (they begin with `.`, `/` or `~`) become absolute, seen from the study's folder."""
+
+    def resolve(source: Any) -> Any:
+        is_path = isinstance(source, str) and source.startswith((".", "/", "~"))
+        return str((folder / Path(source).expanduser()).resolve()) if is_path else source
+
+    def with_source(entry: Any) -> Any:
+        return {**entry, "source": resolve(entry.get("source"))} if isinstance(entry, dict) else resolve(entry)
+
+    for key in ("model", "corpus", "labels"):
+        if not isinstance(table.get(key, {}), dict):
+            raise ValueError(f"{key}: must be a table, [{key}]")
+    if "model" in table:
+        table["model"] = with_source(table["model"])
+    if "labels" in table:
+        table["labels"] = {key: resolve(v) if key == "model" else v for key, v in table["labels"].items()}
+    if isinstance(table.get("dictionary"), dict) and (source := table["dictionary"].get("source")):
+        sources = [resolve(s) for s in source] if isinstance(source, list) else resolve(source)
+        table["dictionary"] = {**table["dictionary"], "source": sources}
+    if isinstance(sources := table.get("corpus", {}).get("sources"), list):
+        table["corpus"] = {**table["corpus"], "sources": [with_source(s) for s in sources]}
+    return table
+
+
+def _sweep(dictionary: Any) -> list[dict[str, Any]]:
+    """One table for each combination of the lists in `[dictionary]`."""
+    if not isinstance(dictionary, dict):
+        raise ValueError("dictionary: must be a table, [dictionary]")
+    axes = [[(key, v) for v in (value if isinstance(value, list) else [value])] for key, value in dictionary.items()]
+    if empty := next((key for key, value in dictionary.items() if value == []), None):
+        raise ValueError(f"dictionary.{empty}: the list is empty: give at least one value")
+    return [dict(combination) for combination in itertools.product(*axes)]
+
+
+def explain(error: ValidationError) -> str:
+    """The first problem of a validation, as one line with the key, the value and the cure."""
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"] if not isinstance(part, int))
+    key = key.replace("dictionaries", "dictionary")
+    if problem["type"] == "extra_forbidden":
+        known = ", ".join(sorted(_known_keys(problem["loc"])))
+        return f"{key}: unknown key; known here: {known}"
+    if problem["type"] == "missing":
+        return f"{key}: missing; add it"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key} = {problem['input']!r}: {message}" if key else message
+
+
+def _known_keys(location: tuple[int | str, ...]) -> set[str]:
+    """The keys that the table holds in which the last part of `location` is unknown."""
+    model: Any = Study
+    for part in (p for p in location[:-1] if isinstance(p, str)):
+        annotation = model.model_fields[part].annotation
+        model = getattr(annotation, "__args__", (annotation,))[0] or annotation
+    known = set(model.model_fields)
+    return {"dictionary" if key == "dictionaries" else key for key in known - {"name"}} if model is Study else known
