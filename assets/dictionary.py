@@ -6,8 +6,11 @@ from assets.activations import activations
 from assets.checks import specs
 from assets.corpus import corpus
 from assets.partitions import corpus_of_dictionary, dictionaries, site_of_dictionary
-from assets.plots import training_curves
+from assets.plots import frontier_picture, training_curves
 from assets.resources import Workshop, launchpad
+from sae_core.artifacts import Made
+from sae_core.frontier import frontier
+from sae_core.names import DictionarySpec
 from sae_core.stages import VERSIONS
 from sae_core.study import DictionarySettings
 
@@ -34,7 +37,13 @@ def dictionary(context: dg.AssetExecutionContext, config: DictionaryRun, worksho
         lambda order, draft, report: build_dictionary(
             order.trained, order.study.activations, order.study.model,
             draft.parents["corpus"].folder, draft.parents["activations"].folder, draft.folder,
-            workshop.torch_device(), report,
+            workshop.torch_device(), report, workshop.others(context, order),
         ),
-        lambda made: training_curves(made.folder / "metrics.parquet"),
+        lambda made: _pictures(workshop, made),
     )  # fmt: skip
+
+
+def _pictures(workshop: Workshop, made: Made) -> dict[str, dg.MetadataValue]:
+    """How it was learned, and how it stands among the site's others."""
+    site = DictionarySpec.parse(made.manifest.slug).site
+    return training_curves(made.folder / "metrics.parquet") | frontier_picture(frontier(workshop.store, site))

@@ -6,6 +6,7 @@ forms: a small SVG that is seen at once, and a PNG that a click opens.
 
 import base64
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING
 import dagster as dg
 import numpy as np
 import pyarrow.parquet as pq
+
+from sae_core.frontier import Point
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,6 +50,26 @@ def training_curves(metrics: Path) -> dict[str, dg.MetadataValue]:
     table = pq.read_table(metrics).to_pydict()
     panels = {name: (table["tokens"], table[name]) for name in ("fvu", "l0", "dead", "lr") if name in table}
     return {"fvu_curve": sparkline(table["fvu"], "fvu"), "training": _picture(panels)}
+
+
+def frontier_figure(points: Sequence[Point]) -> "Figure":
+    """FVU against L0: a line for each architecture and d_sae."""
+    figure = _figure(6, 4)
+    axes = figure.add_subplot()
+    for (architecture, d_sae), group in itertools.groupby(points, key=lambda point: (point.architecture, point.d_sae)):
+        some = list(group)
+        axes.plot([p.l0 for p in some], [p.fvu for p in some], marker="o", label=f"{architecture}, {d_sae:,} features")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.set_xlabel("features active on a token (L0)")
+    axes.set_ylabel("variance unexplained (FVU), held-out")
+    axes.legend()
+    return figure
+
+
+def frontier_picture(points: Sequence[Point]) -> dict[str, dg.MetadataValue]:
+    """The figure as metadata; nothing of a dictionary that stands alone."""
+    return {"frontier": _png(frontier_figure(points))} if len(points) > 1 else {}
 
 
 def scatter(points: Path) -> dg.MetadataValue:

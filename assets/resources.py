@@ -17,6 +17,7 @@ from sae_core.errors import MindAtlasError
 from sae_core.progress import Report
 from sae_core.settings import Settings
 from sae_core.studies import Order
+from sae_core.study import DictionarySettings
 from sae_core.study_files import explain
 
 Build = Callable[[Order, Draft, Report], dict[str, Any]]
@@ -110,6 +111,19 @@ class Workshop(dg.ConfigurableResource):
             data_version=dg.DataVersion(made.manifest.fingerprint),
             check_results=[result(verdict) for verdict in verdicts(stage, made.manifest.summary, order)],
         )
+
+    def others(self, context: dg.AssetExecutionContext, order: Order) -> dict[Path, DictionarySettings]:
+        """The study's other dictionaries that are still to be made, by the folder where they will be.
+
+        None when the run is for one dictionary alone and not for a study.
+        """
+        found = {}
+        for settings in order.study.dictionaries if STUDY_TAG in context.run.tags else []:
+            recipe = order.recipe("dictionary", order.study.spec(settings).slug)
+            folder = self.store.draft_folder(recipe)
+            if settings != order.dictionary and folder:
+                found[folder] = settings
+        return found
 
     def _alone(self, build: Build, order: Order, draft: Draft, report: Report) -> dict[str, Any]:
         """Build while nothing else is built here: one heavy step at a time.

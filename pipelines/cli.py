@@ -16,6 +16,7 @@ import click
 
 from sae_core.artifacts import PROJECT, ArtifactStore, home
 from sae_core.errors import MindAtlasError
+from sae_core.stages import VERSIONS
 
 Command = Callable[..., Any]
 STOPPED = "stopped; what is finished stays, and the same command goes on from there"
@@ -91,9 +92,12 @@ def chosen(command: Command) -> Command:
 @cli.command()
 @click.argument("study", default="quickstart")
 @click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a CUDA device when there is one.")
+@click.option(
+    "--until", type=click.Choice(list(VERSIONS)), default="labels", show_default=True, help="Make no stage after this."
+)
 @as_json
 @click.pass_obj
-def run(debug: bool, study: str, device: str, json_: bool) -> None:
+def run(debug: bool, study: str, device: str, until: str, json_: bool) -> None:
     """Make everything STUDY asks for that is missing or stale: a shipped study's name, or the path of a study file."""
     name = _register(study)
     os.environ.setdefault("DAGSTER_HOME", str(PROJECT))
@@ -109,11 +113,32 @@ def run(debug: bool, study: str, device: str, json_: bool) -> None:
     from pipelines.summary import show, summarize
 
     wanted, workshop = STUDIES.get(name), Workshop(device=device)
+    level = "DEBUG" if debug else "CRITICAL"
     with dg.DagsterInstance.get() as instance, progress():
-        for recipe, status in bring_up_to_date(wanted, workshop, instance, log_level="DEBUG" if debug else "CRITICAL"):
+        for recipe, status in bring_up_to_date(wanted, workshop, instance, until=until, log_level=level):
             was = "cached" if status.state == "made" else f"made ({status.why})"
             err.print(f"{recipe.stage:<12} {recipe.slug}: {was}", markup=False)
-    show(summarize(wanted, workshop.store), json_)
+    if until == "labels":
+        show(summarize(wanted, workshop.store), json_)
+
+
+@cli.command()
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write FVU against L0 as a picture here.")
+@as_json
+def dictionaries(plot: Path | None, json_: bool) -> None:
+    """Every finished dictionary, with what it costs in active features and what it explains with them."""
+    from pipelines.console import out, print_json, table
+    from sae_core.frontier import Point, frontier
+
+    points = frontier(ArtifactStore(home()))
+    if plot is not None:
+        from assets.plots import frontier_figure
+
+        frontier_figure(points).savefig(plot)
+    if json_:
+        print_json([point._asdict() for point in points])
+    else:
+        out.print(table(Point._fields, points))
 
 
 @cli.command()

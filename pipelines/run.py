@@ -15,7 +15,7 @@ from assets.neighbors import neighbors
 from assets.partitions import corpora, dictionaries, sites
 from assets.resources import STUDY_TAG, Workshop
 from sae_core.artifacts import ArtifactStore, Recipe, Status
-from sae_core.stages import recipes
+from sae_core.stages import VERSIONS, recipes
 from sae_core.study import Study
 
 ASSETS = [corpus, activations, dictionary, features, neighbors, feature_map, labels]
@@ -48,16 +48,24 @@ def plan(study: Study, store: ArtifactStore) -> list[Step]:
 
 
 def bring_up_to_date(
-    study: Study, workshop: Workshop, instance: dg.DagsterInstance, *, log_level: str = "INFO"
+    study: Study, workshop: Workshop, instance: dg.DagsterInstance, *, until: str = "labels", log_level: str = "INFO"
 ) -> Iterator[Step]:
     """Make what is missing or stale, one Dagster run a stage, and yield each step when it is done or was found made.
+
+    Args:
+        study: what is wanted.
+        workshop: where it is made.
+        instance: where Dagster keeps its runs.
+        until: nothing that comes after this stage is made.
+        log_level: of Dagster's console log.
 
     Raises:
         Exception: what the failing stage raised; what was made before stays.
     """
     defs = dg.Definitions(assets=ASSETS, jobs=STAGE_JOBS, resources={"workshop": workshop})
     stage_job = {"corpus": "make_corpus", "activations": "make_activations"}
-    for recipe in recipes(study):
+    wanted = list(VERSIONS)[: list(VERSIONS).index(until) + 1]
+    for recipe in (recipe for recipe in recipes(study) if recipe.stage in wanted):
         step = Step(recipe, workshop.store.status(recipe))
         if step.status.state != "made":
             defs.resolve_job_def(stage_job.get(recipe.stage, "make_dictionary")).execute_in_process(

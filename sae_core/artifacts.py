@@ -185,9 +185,7 @@ class ArtifactStore:
             ArtifactError: a parent is missing, the disk is full, or the result cannot be written.
         """
         with self._lock(recipe):
-            parents = {parent.stage: self.get(parent.stage, parent.slug) for parent in recipe.parents}
-            actual = {made.manifest.key: made.manifest.fingerprint for made in parents.values()}
-            wanted = recipe.fingerprint_from(actual)
+            parents, actual, wanted = self._wanted(recipe)
             found = self.manifest(recipe.stage, recipe.slug)
             if found and found.fingerprint == wanted and not again:
                 return self.get(recipe.stage, recipe.slug)
@@ -202,6 +200,20 @@ class ArtifactStore:
                 made_at=datetime.now(UTC).isoformat("T", "seconds"), versions=_versions(), commit=_commit(),
             )  # fmt: skip
             return self._commit(manifest, folder)
+
+    def draft_folder(self, recipe: Recipe) -> Path | None:
+        """Where `make` would write the artifact from its parents as they are; None when it is made already.
+
+        Raises ArtifactError when a parent is missing.
+        """
+        found, wanted = self.manifest(recipe.stage, recipe.slug), self._wanted(recipe)[2]
+        return None if found and found.fingerprint == wanted else self._home(recipe.stage, recipe.slug) / wanted
+
+    def _wanted(self, recipe: Recipe) -> tuple[dict[str, Made], dict[str, str], str]:
+        """The parents as they are, by stage; their fingerprints; and the artifact's that follows."""
+        parents = {parent.stage: self.get(parent.stage, parent.slug) for parent in recipe.parents}
+        actual = {made.manifest.key: made.manifest.fingerprint for made in parents.values()}
+        return parents, actual, recipe.fingerprint_from(actual)
 
     def _commit(self, manifest: Manifest, folder: Path) -> Made:
         """Checksum, switch the manifest over, and drop what it replaced."""

@@ -97,10 +97,18 @@ class ActivationSettings(Settings):
     At layer 15 of SmolLM2-135M, of 196,608 tokens 1% are above 10 medians, four lie between 5 and 10, and none
     between 2.1 and 5: any bound in that gap tells sinks from text.
     """
+    stored: bool = True
+    """Off: only places and sums are kept, and the model runs again whenever activations are read. The result is the
+    same to the bit; it takes no disk, and a pass of the model for each pass over the activations."""
     shard_tokens: int = Field(65_536, ge=256)
     """Tokens a shard file; the shuffle mixes tokens within a shard and blocks over all shards."""
     seed: int = 0
     """Order of the blocks over the shards, and of the tokens within a shard."""
+
+    @model_serializer(mode="wrap")
+    def _unless_as_always(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Stored activations keep the fingerprint they had before one could do without."""
+        return {key: value for key, value in dump(self).items() if key != "stored" or not value}
 
 
 class DictionarySettings(Settings):

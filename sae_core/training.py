@@ -1,8 +1,12 @@
 """The dictionary stage: train on stored activations, or import; set the threshold, save, judge on held-out text."""
 
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -17,13 +21,18 @@ from sae_core.artifacts import SCRATCH, require_space, write_atomically
 from sae_core.corpus import Corpus
 from sae_core.dictionary import Dictionary
 from sae_core.dictionary.batch_top_k import BatchTopK
-from sae_core.dictionary.trainer import Source, Training
+from sae_core.dictionary.trainer import Training, TrainingError, together
 from sae_core.language_model import LanguageModel
 from sae_core.metrics import Quality, Spliced, measure, splice
 from sae_core.progress import Report, silent
 from sae_core.study import ActivationSettings, DictionarySettings, ModelSettings
 
+CHECKPOINT = "checkpoint.safetensors"
 CHECKPOINT_SECONDS = 60.0
+TOGETHER_BYTES = 4 << 30
+"""Memory for the weights of the dictionaries that are trained from one read; one alone may take more."""
+IN_TRAINING = 2 * 4 * 4
+"""Bytes for each of d_sae * d_model: two matrices, their gradients and two moments, in float32."""
 CALIBRATION_TOKENS = 131_072
 """Activations on which the threshold of the finished dictionary is set."""
 SPACE = 14
@@ -62,10 +71,11 @@ def build_dictionary(
     folder: Path,
     device: str = "cpu",
     report: Report = silent,
+    others: Mapping[Path, DictionarySettings] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Train and calibrate a dictionary, or import one; save and judge it.
 
-    Training goes on from the checkpoint that a killed run left.
+    Training goes on from the checkpoint that a killed run left, or one that was trained together with another.
 
     Args:
         settings: what to train, or what to import.
@@ -76,6 +86,8 @@ def build_dictionary(
         folder: where `dictionary.safetensors` and `config.json` go, and `metrics.parquet` of what is trained.
         device: where to train.
         report: told of every step.
+        others: folders of the site's other dictionaries that are to be made next, and their settings. As many as
+            memory allows are trained from the same read, and wait there as finished checkpoints.
 
     Returns:
         The numbers of `sae_core.metrics`, on held-out documents (`dead`: on all training activations); of what is
@@ -86,18 +98,33 @@ def build_dictionary(
         InteropError: what is to be imported cannot be read, or is not what the settings say.
         ArtifactError: the disk is full.
     """
-    source = Activations.open(activations)
-    require_space(folder, 4 * SPACE * settings.d_sae * source.d_model)
+    source = Activations.open(activations, device=device)
+    others = {} if settings.source else _read_alike(settings, others, source.d_model)
+    d_saes = settings.d_sae + sum(other.d_sae for other in others.values())
+    require_space(folder, 4 * SPACE * d_saes * source.d_model)
     effort: dict[str, Any] = {}
     if settings.source:
         dictionary = _imported(settings, source.d_model).to(device)
     else:
-        dictionary, effort = _trained(settings, source, folder, device, report)
+        dictionary, effort = _trained(settings, source, folder, device, report, others)
     dictionary.save(folder)
     trained = measure(dictionary, _all_kept(source))
-    held_out = measure(dictionary, _all_kept(Activations.open(activations, "held_out")))
+    held_out = measure(dictionary, _all_kept(Activations.open(activations, "held_out", device)))
     spliced = _splice(dictionary, settings, site, model, corpus, activations, device)
     return _summary(trained, held_out, spliced) | {"threshold": float(dictionary.threshold.median())} | effort
+
+
+def _read_alike(
+    settings: DictionarySettings, others: Mapping[Path, DictionarySettings], d_model: int
+) -> dict[Path, DictionarySettings]:
+    """Those of the others that take the same batches, as many as memory holds beside this one."""
+    found, left = {}, TOGETHER_BYTES - IN_TRAINING * settings.d_sae * d_model
+    for folder, other in others.items():
+        alike = (other.batch_tokens, other.seed) == (settings.batch_tokens, settings.seed) and not other.source
+        if alike and (size := IN_TRAINING * other.d_sae * d_model) <= left:
+            found[folder] = other
+            left -= size
+    return found
 
 
 def _imported(settings: DictionarySettings, d_model: int) -> Dictionary:
@@ -114,11 +141,17 @@ def _imported(settings: DictionarySettings, d_model: int) -> Dictionary:
 
 
 def _trained(
-    settings: DictionarySettings, source: Activations, folder: Path, device: str, report: Report
+    settings: DictionarySettings,
+    source: Activations,
+    folder: Path,
+    device: str,
+    report: Report,
+    others: Mapping[Path, DictionarySettings],
 ) -> tuple[Dictionary, dict[str, Any]]:
     """The dictionary, and how much work it was; leaves `metrics.parquet` in the folder."""
     training = Training(settings, source, device)
-    seconds = _train(training, source, folder / SCRATCH / "checkpoint.safetensors", report)
+    runs = {folder: training} | {path: Training(other, source, device) for path, other in others.items()}
+    _train({path / SCRATCH / CHECKPOINT: training for path, training in runs.items()}, source, report)
     dictionary = training.dictionary()
     if isinstance(training.architecture, BatchTopK):  # the others' thresholds are as they were trained
         steps = max(1, CALIBRATION_TOKENS // settings.batch_tokens)
@@ -126,27 +159,63 @@ def _trained(
         dictionary = calibrate(dictionary, batches, training.architecture.k)
     with write_atomically(folder / "metrics.parquet") as path:
         pq.write_table(pa.Table.from_pylist([row._asdict() for row in training.history]), path)
-    speed = round(seconds and settings.batch_tokens * training.n_steps / seconds, 1)
-    return dictionary, {"steps": training.n_steps, "tokens_per_second": speed}
+    speed = settings.batch_tokens * training.n_steps / training.seconds
+    return dictionary, {"steps": training.n_steps, "tokens_per_second": round(speed, 1)}
 
 
-def _train(training: Training, source: Source, checkpoint: Path, report: Report) -> float:
-    """Take all steps; returns the seconds that the whole run would have taken at this pace."""
-    if checkpoint.exists():
-        training.restore(checkpoint)
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    total = training.n_steps * training.settings.batch_tokens
-    start = saved = time.monotonic()
-    resumed_at = training.done
-    for metrics in training.run(source):
-        report(metrics.tokens, total, "tokens", fvu=metrics.fvu, l0=metrics.l0, dead=metrics.dead)
-        if time.monotonic() - saved > CHECKPOINT_SECONDS:
-            training.save(checkpoint)
-            saved = time.monotonic()
-    taken = training.done - resumed_at
-    seconds = (time.monotonic() - start) * training.n_steps / max(taken, 1)
-    training.save(checkpoint)
-    return seconds
+def _train(runs: Mapping[Path, Training], source: Activations, report: Report) -> None:
+    """Take all steps that are left; checkpoints are written now and then, at the end, and before a signal ends it."""
+    for checkpoint, training in runs.items():
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        if checkpoint.exists():
+            training.restore(checkpoint)
+    trainings = list(runs.values())
+    total = sum(training.n_steps * training.settings.batch_tokens for training in trainings)
+    saved = time.monotonic()
+    try:
+        with _signals() as received:
+            for _ in together(trainings, source):
+                last = trainings[0].history[-1]
+                tokens = sum(training.done * training.settings.batch_tokens for training in trainings)
+                report(tokens, total, "tokens", fvu=last.fvu, l0=last.l0, dead=last.dead)
+                if received or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    _save(runs)
+                    saved = time.monotonic()
+                if received:
+                    break
+    except TrainingError as error:
+        if where := source.first_broken():
+            raise TrainingError(f"{where} is NaN or infinite: make the activations again ({error})") from None
+        raise
+    _save(runs)
+
+
+def _save(runs: Mapping[Path, Training]) -> None:
+    for checkpoint, training in runs.items():
+        training.save(checkpoint)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Hold back SIGTERM and SIGINT between two steps; what came is in the list, and is sent again at the end.
+
+    Only a process's main thread hears of signals; elsewhere nothing is held back.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    kept = {
+        number: signal.signal(number, lambda n, _: received.append(n)) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+    for came in received:
+        signal.raise_signal(came)
+        raise KeyboardInterrupt  # when whoever listens to the signal lets things go on
 
 
 def _all_kept(source: Activations, rows: int = 2048) -> Iterator[Float[Tensor, "batch d_model"]]:
@@ -169,7 +238,7 @@ def _splice(
     n = -(-settings.evaluation_tokens // blocks.token_ids.shape[1])
     token_ids, documents = torch.as_tensor(blocks.token_ids[:n]), torch.as_tensor(blocks.documents[:n])
     is_sink = torch.zeros(token_ids.shape, dtype=torch.bool)
-    for shard in Activations.open(activations, "held_out").shards():
+    for shard in Activations.open(activations, "held_out", device).shards():
         here = shard.is_sink & (shard.block < len(is_sink))
         is_sink[shard.block[here].long(), shard.offset[here].long()] = True
     mean, _ = Activations.open(activations).statistics()

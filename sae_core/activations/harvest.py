@@ -1,5 +1,7 @@
 """Run the model over the corpus and write what it computes at the site."""
 
+import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -9,9 +11,18 @@ from jaxtyping import Float32, Int
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_core.activations.shards import STATISTICS, ActivationError, Shard, Split, Totals, permutation, shard_name
+from sae_core.activations.shards import (
+    RERUN,
+    STATISTICS,
+    ActivationError,
+    Shard,
+    Split,
+    Totals,
+    permutation,
+    shard_name,
+)
 from sae_core.artifacts import require_space, write_atomically
-from sae_core.corpus import Blocks, Corpus
+from sae_core.corpus import Corpus
 from sae_core.language_model import LanguageModel
 from sae_core.progress import Report, silent
 from sae_core.study import ActivationSettings, ModelSettings
@@ -22,7 +33,7 @@ PLACE_BYTES = 13
 """What a row has beside its activation: block, offset and token of 4 bytes each, and the sink mark."""
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """What one shard is made from."""
 
     split: Split
@@ -58,7 +69,8 @@ def harvest(
         settings: site, precision, sinks and shards.
         model: the language model.
         corpus: folder of the finished corpus.
-        folder: takes `train-*.safetensors`, `held_out-*.safetensors` and `statistics.safetensors`.
+        folder: takes `train-*.safetensors`, `held_out-*.safetensors` and `statistics.safetensors`; and `rerun.json`
+            when the activations are not to be stored.
         device: where the model runs.
         report: told of tokens.
 
@@ -70,39 +82,44 @@ def harvest(
         ActivationError: the corpus has tokens that the model lacks, or an activation is not finite.
         ArtifactError: the disk has no room.
     """
-    opened = Corpus.open(corpus)
-    parts = [*_parts(settings, "train", opened.train), *_parts(settings, "held_out", opened.held_out)]
+    parts = [*parts_of(settings, "train", corpus), *parts_of(settings, "held_out", corpus)]
     lm = LanguageModel.load(model, device, settings.precision)
     _check(settings, lm, folder, parts)
     done, total = 0, sum(part.n_tokens for part in parts)
     for part in parts:
         path = folder / part.name
         if not path.exists():
-            shard, norms = _run(settings, lm, part, _continued(report, done, total))
+            shard, norms = run_model(settings, lm, part, _continued(report, done, total))
             _write(settings, path, shard, norms, None if part is parts[0] else Totals.read(folder / parts[0].name))
         done += part.n_tokens
         report(done, total, "tokens")
+    if not settings.stored:
+        said = {"settings": settings.model_dump(), "model": model.model_dump()}
+        with write_atomically(folder / RERUN) as path:
+            path.write_text(json.dumps(said | {"corpus": os.path.relpath(corpus, folder)}, indent=1), "utf-8")
     return _finish(folder, parts)
 
 
-def _parts(settings: ActivationSettings, split: Split, blocks: Blocks) -> Iterator[_Part]:
+def parts_of(settings: ActivationSettings, split: Split, corpus: Path) -> Iterator[Part]:
     """Deal the blocks out to shards, in an order that the seed decides."""
+    opened = Corpus.open(corpus)
+    blocks = opened.train if split == "train" else opened.held_out
     token_ids, documents = torch.as_tensor(blocks.token_ids), torch.as_tensor(blocks.documents)
     if not len(token_ids):
         return
     order = permutation(len(token_ids), settings.seed, split == "held_out", 0)
     for number, chosen in enumerate(order.split(max(1, settings.shard_tokens // token_ids.shape[1]))):
-        yield _Part(split, number, chosen, token_ids[chosen], documents[chosen])
+        yield Part(split, number, chosen, token_ids[chosen], documents[chosen])
 
 
-def _check(settings: ActivationSettings, lm: LanguageModel, folder: Path, parts: list[_Part]) -> None:
+def _check(settings: ActivationSettings, lm: LanguageModel, folder: Path, parts: list[Part]) -> None:
     """Refuse tokens that the model lacks, and a disk too small for the shards that are still to be written."""
     if not parts or parts[0].split != "train":
         raise ActivationError("the corpus has no train tokens: give it more text, or a smaller corpus.held_out")
     largest = max(int(part.token_ids.max()) for part in parts)
     if largest >= lm.vocab_size:
         raise ActivationError(f"the corpus has token {largest}, the model only {lm.vocab_size}: make the corpus again")
-    row = lm.d_model * getattr(torch, settings.precision).itemsize + PLACE_BYTES
+    row = lm.d_model * getattr(torch, settings.precision).itemsize * settings.stored + PLACE_BYTES
     missing = sum(part.n_tokens for part in parts if not (folder / part.name).exists())
     require_space(folder, missing * row + len(parts) * (8 * lm.d_model + 1024))
 
@@ -111,8 +128,8 @@ def _continued(report: Report, before: int, total: int) -> Callable[[int], None]
     return lambda n: report(before + n, total, "tokens")
 
 
-def _run(
-    settings: ActivationSettings, lm: LanguageModel, part: _Part, advance: Callable[[int], None]
+def run_model(
+    settings: ActivationSettings, lm: LanguageModel, part: Part, advance: Callable[[int], None] = lambda n: None
 ) -> tuple[Shard, Float32[Tensor, " tokens"]]:
     """The part's activations and their norms, in shuffled order; no sink is marked yet."""
     real = part.documents >= 0
@@ -138,7 +155,7 @@ def _run(
     return Shard(acts, shuffled(part.blocks[block]), shuffled(offset), shuffled(part.token_ids[real]), no_sink), norms
 
 
-def _not_finite(part: _Part, rows: slice) -> ActivationError:
+def _not_finite(part: Part, rows: slice) -> ActivationError:
     blocks = part.blocks[rows].tolist()
     return ActivationError(
         f"{part.name}: NaN or infinity in the activations of {part.split} blocks {', '.join(map(str, blocks))}: "
@@ -152,11 +169,14 @@ def _write(
     """Mark the sinks, sum up, and write. Without a first shard's totals this is the first, and sets the median."""
     median = norms.median()[None] if first is None else first.median_norm
     shard = shard._replace(is_sink=norms > settings.sink_norm * median)
+    columns = shard._asdict() | Totals.of(shard, norms, median)._asdict()
+    if not settings.stored:
+        del columns["acts"]
     with write_atomically(path) as temporary:
-        save_file(shard._asdict() | Totals.of(shard, norms, median)._asdict(), temporary)
+        save_file(columns, temporary)
 
 
-def _finish(folder: Path, parts: list[_Part]) -> dict[str, int | float]:
+def _finish(folder: Path, parts: list[Part]) -> dict[str, int | float]:
     """Write the train split's statistics; return the summary."""
     totals = {part.name: Totals.read(folder / part.name) for part in parts}
     train = [totals[part.name] for part in parts if part.split == "train"]

@@ -1,7 +1,7 @@
 """The shard files, and their reader: in order, in shuffled batches, or one by one."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,8 +19,14 @@ Split = Literal["train", "held_out"]
 SHUFFLE_BYTES = 512 << 20
 """Activations that `Activations.batches` holds in memory and mixes: as many shards as fit, and at least two."""
 STATISTICS = "statistics.safetensors"
+RERUN = "rerun.json"
+"""There when the activations themselves are not: what the model needs to compute them again."""
 _CHUNK = 8192
 """Rows turned into float64 at a time."""
+
+
+Acts = Callable[[int], Float[Tensor, "tokens d_model"]]
+"""Gives the activations of the shard of a number."""
 
 
 class ActivationError(MindAtlasError):
@@ -35,11 +41,6 @@ class Shard(NamedTuple):
     offset: Int32[Tensor, " tokens"]
     token: Int32[Tensor, " tokens"]
     is_sink: Bool[Tensor, " tokens"]
-
-    @classmethod
-    def read(cls, path: Path) -> "Shard":
-        """The shard in a file, memory-mapped. Raises ActivationError when it is missing or damaged."""
-        return cls(**_tensors(path, cls._fields))
 
 
 class Totals(NamedTuple):
@@ -73,7 +74,9 @@ class Statistics(NamedTuple):
 
 
 class Activations:
-    """One split of the stored activations. Files are memory-mapped, and only while they are read.
+    """One split of a site's activations. Files are memory-mapped, and only while they are read.
+
+    Where the activations themselves were not stored, the model computes them again, shard by shard.
 
     Attributes:
         n_tokens: rows, sinks included.
@@ -81,43 +84,56 @@ class Activations:
         d_model: width of an activation.
     """
 
-    def __init__(self, folder: Path, paths: list[Path]) -> None:
-        self._folder, self._paths = folder, paths
+    def __init__(self, folder: Path, paths: list[Path], acts: Acts) -> None:
+        self._folder, self._paths, self._acts = folder, paths, acts
         totals = [Totals.read(path) for path in paths]
         self._kept = [int(t.n_kept) for t in totals]
-        self._sizes = [len(Shard.read(path).acts) for path in paths]
+        self._sizes = [len(_tensors(path, ("is_sink",))["is_sink"]) for path in paths]
         self.n_tokens, self.n_kept, self.d_model = sum(self._sizes), sum(self._kept), len(totals[0].kept_sum)
 
     @classmethod
-    def open(cls, folder: Path, split: Split = "train") -> "Activations":
-        """The split's shards. Raises ActivationError when there are none, one is missing, or one is damaged."""
+    def open(cls, folder: Path, split: Split = "train", device: str = "cpu") -> "Activations":
+        """The split's shards; `device` is where the model runs if it has to.
+
+        Raises ActivationError when there are none, one is missing, or one is damaged.
+        """
         paths = sorted(folder.glob(f"{split}-*.safetensors"))
         if not paths:
             raise ActivationError(f"{folder} holds no {split} activations: run the activations stage")
         for number, path in enumerate(paths):
             if path.name != shard_name(split, number):
                 raise ActivationError(f"{folder} lacks {shard_name(split, number)}: run the activations stage again")
-        return cls(folder, paths)
+        if not (folder / RERUN).exists():
+            return cls(folder, paths, lambda number: _tensors(paths[number], ("acts",))["acts"])
+        from sae_core.activations.rerun import Rerun  # brings the model library, which reading does not need
+
+        return cls(folder, paths, Rerun(folder / RERUN, split, device).acts)
 
     def statistics(self) -> Statistics:
         """Mean and mean square norm of the train split, sinks left out."""
         return Statistics(**_tensors(self._folder / STATISTICS, Statistics._fields))
 
     def shards(self) -> Iterator[Shard]:
-        """The shards in order, memory-mapped, sinks included."""
-        return map(Shard.read, self._paths)
+        """The shards in order, sinks included."""
+        return map(self._shard, range(len(self._paths)))
+
+    def first_broken(self) -> str:
+        """File and row of the first activation that is not finite; empty when all are."""
+        for path, shard in zip(self._paths, self.shards(), strict=True):
+            for chunk, acts in enumerate(shard.acts.split(_CHUNK)):
+                if len(rows := (~acts.isfinite()).any(dim=1).nonzero()):
+                    return f"{path.name}, row {chunk * _CHUNK + int(rows[0])}"
+        return ""
 
     def rows(self, block: Int[Tensor, " tokens"], offset: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens d_model"]:
         """The activations at the given places. Raises ActivationError when one of them is not stored."""
         row = self._find(block.long(), offset.long())
         ends = torch.tensor(self._sizes).cumsum(0)
         shard_of = torch.searchsorted(ends, row, right=True)
-        acts = Shard.read(self._paths[0]).acts.new_empty(len(row), self.d_model)
-        for number in shard_of.unique().tolist():
-            here = shard_of == number
-            start = int(ends[number]) - self._sizes[number]
-            acts[here] = Shard.read(self._paths[number]).acts[row[here] - start]
-        return acts
+        starts = ends - torch.tensor(self._sizes)
+        found = [self._acts(number)[row[shard_of == number] - starts[number]] for number in range(len(self._paths))]
+        order = shard_of.argsort(stable=True)
+        return torch.cat(found)[order.argsort()]
 
     def batches(
         self, batch_tokens: int, n_steps: int, seed: int, start_step: int = 0
@@ -147,8 +163,9 @@ class Activations:
 
     def _groups(self, seed: int, skip: int) -> Iterator[tuple[Float[Tensor, "rows d_model"], Int64[Tensor, " picked"]]]:
         """Kept rows of a few shards, and the order to take them in, without the first `skip`; one buffer for all."""
-        size = max(2, SHUFFLE_BYTES // max(path.stat().st_size for path in self._paths))
-        buffer = Shard.read(self._paths[0]).acts.new_empty(min(size * max(self._kept), self.n_kept), self.d_model)
+        some = self._acts(0)
+        size = max(2, SHUFFLE_BYTES // (max(self._sizes) * self.d_model * some.element_size()))
+        buffer = some.new_empty(min(size * max(self._kept), self.n_kept), self.d_model)
         first, skip = divmod(skip, self.n_kept)
         for epoch in itertools.count(first):
             for number, group in enumerate(permutation(len(self._paths), seed, epoch, 0).split(size)):
@@ -160,9 +177,12 @@ class Activations:
     def _load(self, group: list[int], out: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_model"]:
         """Copy the kept rows of the shards into `out`."""
         for shard, rows in zip(group, out.split([self._kept[shard] for shard in group]), strict=True):
-            acts, *_, is_sink = Shard.read(self._paths[shard])
+            acts, *_, is_sink = self._shard(shard)
             torch.index_select(acts, 0, (~is_sink).nonzero().squeeze(1), out=rows)
         return out
+
+    def _shard(self, number: int) -> Shard:
+        return Shard(acts=self._acts(number), **_tensors(self._paths[number], Shard._fields[1:]))
 
     def _find(self, block: Int64[Tensor, " tokens"], offset: Int64[Tensor, " tokens"]) -> Int64[Tensor, " tokens"]:
         """Row of each place, counted over all shards."""
@@ -177,8 +197,8 @@ class Activations:
     @cached_property
     def _row_at(self) -> Int64[Tensor, "blocks length"]:
         """Row, counted over all shards, of each block and offset; -1 where none is stored. 8 bytes a token."""
-        block = torch.cat([shard.block for shard in self.shards()]).long()
-        offset = torch.cat([shard.offset for shard in self.shards()]).long()
+        places = [_tensors(path, ("block", "offset")) for path in self._paths]
+        block, offset = (torch.cat([place[name] for place in places]).long() for name in ("block", "offset"))
         table = torch.full((int(block.max()) + 1, int(offset.max()) + 1), -1)
         table[block, offset] = torch.arange(len(block))
         return table

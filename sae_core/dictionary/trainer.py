@@ -5,7 +5,8 @@ holds everything else that a step depends on: a run that was killed and resumed 
 """
 
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -89,6 +90,8 @@ class Training:
         self.learner = Learner(self.architecture.start(Weights.initial(settings.d_sae, center, settings.seed)))
         self.silent_for = torch.zeros(settings.d_sae, dtype=torch.int64, device=device)
         self.history: list[StepMetrics] = []
+        self.seconds = 0.0
+        """Spent on steps, those of killed runs included."""
         self.checkpoint = "none was written yet"
 
     @property
@@ -103,13 +106,13 @@ class Training:
 
     def run(self, source: Source) -> Iterator[StepMetrics]:
         """Take the steps that are left, one at a time. Raises TrainingError when the loss diverges."""
-        settings = self.settings
-        for x in source.batches(settings.batch_tokens, self.n_steps, settings.seed, start_step=self.done):
-            yield self.learn(x)
+        for _ in together([self], source):
+            yield self.history[-1]
 
     @torch.no_grad()
     def learn(self, batch: Float[Tensor, "batch d_model"]) -> StepMetrics:
         """Take one step on raw activations. Raises TrainingError when something is not finite, or the loss diverges."""
+        start = time.perf_counter()
         lr = learning_rate(self.settings, self.done, self.n_steps)
         x = batch.to(self.silent_for.device).float() * self.scale
         dead = self.silent_for >= self.settings.dead_after_tokens
@@ -132,6 +135,7 @@ class Training:
             threshold=float(torch.as_tensor(self._thresholds(), dtype=torch.float64).mean()),
         )
         self.history.append(metrics)
+        self.seconds += time.perf_counter() - start
         return metrics
 
     def _failure(self, batch: Tensor, fvu: float) -> TrainingError:
@@ -168,7 +172,7 @@ class Training:
         history = torch.tensor(self.history, dtype=torch.float64).reshape(-1, len(StepMetrics._fields))
         state = self.learner.state() | self.architecture.state() | {"silent_for": self.silent_for, "history": history}
         with write_atomically(path) as temporary:
-            save_file(state, temporary, metadata={"settings": self.settings.fingerprint()})
+            save_file(state, temporary, {"settings": self.settings.fingerprint(), "seconds": str(self.seconds)})
         self.checkpoint = f"step {self.done} in {path}"
 
     def restore(self, path: Path) -> "Training":
@@ -176,21 +180,42 @@ class Training:
         device = self.silent_for.device
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
-                made_with, names = file.metadata()["settings"], file.keys()
+                said, names = file.metadata(), file.keys()
                 state = {name: file.get_tensor(name).clone() for name in names}  # aligned: else kernels sum otherwise
         except SafetensorError as error:
             raise TrainingError(f"checkpoint {path} is damaged ({error}): delete it and start again") from None
-        if made_with != self.settings.fingerprint():
+        if said["settings"] != self.settings.fingerprint():
             raise TrainingError(
-                f"checkpoint {path} is of settings {made_with}, these are {self.settings.fingerprint()}: "
+                f"checkpoint {path} is of settings {said['settings']}, these are {self.settings.fingerprint()}: "
                 "delete it, or go back to its settings"
             )
         self.learner = Learner.from_state(state)
         self.architecture.restore(state)
-        self.silent_for = state["silent_for"]
+        self.silent_for, self.seconds = state["silent_for"], float(said["seconds"])
         self.history = [StepMetrics(int(row[0]), int(row[1]), *row[2:]) for row in state["history"].tolist()]
         self.checkpoint = f"step {self.done} in {path}"
         return self
+
+
+def together(trainings: Sequence[Training], source: Source) -> Iterator[None]:
+    """Take the steps that are left of several trainings from one read of the activations; yields after each batch.
+
+    Args:
+        trainings: of equal `batch_tokens` and `seed`; some may be ahead of others, or shorter.
+        source: the activations.
+
+    Raises:
+        TrainingError: a loss diverges.
+    """
+    first = min(training.done for training in trainings)
+    steps = max(training.n_steps for training in trainings)
+    settings = trainings[0].settings
+    batches = source.batches(settings.batch_tokens, steps, settings.seed, start_step=first)
+    for step, batch in enumerate(batches, first):
+        for training in trainings:
+            if training.done == step < training.n_steps:
+                training.learn(batch)
+        yield
 
 
 def learning_rate(settings: DictionarySettings, step: int, n_steps: int) -> float:

@@ -106,7 +106,7 @@ def _open(model: ModelSettings, corpus: Path, activations: Path, dictionary: Pat
     shown[:n_tokens] = True
     shown[[i for i in lm.tokenizer.all_special_ids if i < vocab]] = False
     return _Sources(
-        Corpus.open(corpus).train, Activations.open(activations), Dictionary.load(dictionary).to(device),
+        Corpus.open(corpus).train, Activations.open(activations, device=device), Dictionary.load(dictionary).to(device),
         unembedding, pa.array(lm.token_strings(range(vocab)), pa.string()), shown,
     )  # fmt: skip
 

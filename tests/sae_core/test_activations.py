@@ -296,6 +296,25 @@ def test_a_place_that_is_not_stored_is_refused(made: Path, block: int, offset: i
         Activations.open(made).rows(torch.tensor([0, block]), torch.tensor([0, offset]))
 
 
+def test_activations_that_are_not_stored_are_computed_again_to_the_bit(
+    made: Path, model: ModelSettings, corpus: Path, tmp_path: Path
+) -> None:
+    (again := tmp_path / "moved").mkdir()
+    summary = harvest(SITE.model_copy(update={"stored": False}), model, corpus, again)
+    assert summary["tokens"] == Activations.open(made).n_tokens + Activations.open(made, "held_out").n_tokens
+    for split in ("train", "held_out"):
+        stored, computed = Activations.open(made, split), Activations.open(again, split)
+        assert (computed.n_tokens, computed.n_kept, computed.d_model) == (
+            stored.n_tokens,
+            stored.n_kept,
+            stored.d_model,
+        )
+        for ours, theirs in zip(computed.shards(), stored.shards(), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    batches = (Activations.open(folder).batches(100, 15, seed=2, start_step=3) for folder in (made, again))
+    assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+
+
 def test_missing_and_damaged_shards_are_named(made: Path, tmp_path: Path) -> None:
     for name, content in contents(made).items():
         (tmp_path / name).write_bytes(content)

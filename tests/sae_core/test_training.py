@@ -4,20 +4,20 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sae_core import interop, training
 from sae_core.activations import Activations, harvest
 from sae_core.artifacts import SCRATCH
 from sae_core.corpus import build_corpus
 from sae_core.dictionary import Dictionary
-from sae_core.dictionary.trainer import TrainingError
+from sae_core.dictionary.trainer import Training, TrainingError
 from sae_core.study import ActivationSettings, CorpusSettings, DictionarySettings, ModelSettings
 from sae_core.training import build_dictionary, calibrate
 
@@ -131,14 +131,18 @@ def test_threshold_gives_k_features_a_token_exactly(
     assert len(calibrated.encode_sparse(x).value) == SETTINGS.k * 512
 
 
-def test_a_run_killed_in_training_goes_on_to_the_same_bytes(
-    built: tuple[Path, dict[str, Any]], parents: dict[str, Any], tmp_path: Path
-) -> None:
-    """SIGKILL after the first checkpoint, in a process of its own."""
+@pytest.mark.parametrize(
+    ("sent", "checkpoint_seconds"), [(signal.SIGKILL, 0), (signal.SIGTERM, 1e9), (signal.SIGINT, 1e9)]
+)
+def test_a_run_stopped_in_training_goes_on_to_the_same_bytes(
+    sent: signal.Signals, checkpoint_seconds: float, built: tuple[Path, dict[str, Any]], parents: dict[str, Any],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """In a process of its own: SIGKILL after a checkpoint; the other signals write one first."""
     arguments = {
         "settings": SETTINGS.model_dump_json(), "site": SITE.model_dump_json(), "folder": str(tmp_path),
         "model": parents["model"].model_dump_json(),
-        "corpus": str(parents["corpus"]), "activations": str(parents["activations"]),
+        "corpus": str(parents["corpus"]), "activations": str(parents["activations"]), "seconds": checkpoint_seconds,
     }  # fmt: skip
     script = (
         "import json, sys, time, torch\n"
@@ -146,21 +150,20 @@ def test_a_run_killed_in_training_goes_on_to_the_same_bytes(
         "from sae_core import training\n"
         "from sae_core.study import *\n"
         "torch.set_num_threads(1)\n"
-        "training.CHECKPOINT_SECONDS = 0\n"
         "a = json.loads(sys.argv[1])\n"
+        "training.CHECKPOINT_SECONDS = a['seconds']\n"
         "training.build_dictionary(DictionarySettings.model_validate_json(a['settings']),\n"
         "    ActivationSettings.model_validate_json(a['site']), ModelSettings.model_validate_json(a['model']),\n"
         "    Path(a['corpus']), Path(a['activations']), Path(a['folder']),\n"
-        "    report=lambda done, *_, **__: time.sleep(done > 5000 and 60))\n"  # waits in the middle for its end
+        "    report=lambda done, *_, **__: (print(done, flush=True), time.sleep(0.1 if done > 3000 else 0)))\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", script, json.dumps(arguments)])
-    checkpoint = tmp_path / SCRATCH / "checkpoint.safetensors"
-    deadline = time.monotonic() + 200
-    while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert checkpoint.exists()
+    process = subprocess.Popen([sys.executable, "-c", script, json.dumps(arguments)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    while int(process.stdout.readline()) < 4000:
+        pass
+    process.send_signal(sent)
+    assert process.wait() != 0
+    assert (tmp_path / SCRATCH / "checkpoint.safetensors").exists()
     assert not (tmp_path / "dictionary.safetensors").exists()
     build_dictionary(SETTINGS, folder=tmp_path, **parents)
     assert content(tmp_path) == content(built[0])
@@ -177,6 +180,67 @@ def test_a_run_killed_while_it_judges_goes_on_to_the_same_bytes(
         build_dictionary(SETTINGS, folder=tmp_path, **parents)
     build_dictionary(SETTINGS, folder=tmp_path, **parents)
     assert content(tmp_path) == content(built[0])
+
+
+def test_dictionaries_trained_from_one_read_are_those_trained_alone(
+    built: tuple[Path, dict[str, Any]], parents: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of another architecture and width, one that stops earlier; and one that reads otherwise is left out."""
+    wider = SETTINGS.model_copy(update={"architecture": "top_k", "d_sae": 128})
+    shorter = SETTINGS.model_copy(update={"tokens": 4096})
+    otherwise = SETTINGS.model_copy(update={"seed": 1})
+    others = {tmp_path / name: s for name, s in (("wider", wider), ("shorter", shorter), ("otherwise", otherwise))}
+    (tmp_path / "first").mkdir()
+    build_dictionary(SETTINGS, folder=tmp_path / "first", others=others, **parents)
+    assert content(tmp_path / "first") == content(built[0])
+    assert not (tmp_path / "otherwise").exists()
+    for folder, settings in list(others.items())[:2]:
+        (alone := tmp_path / f"{folder.name}-alone").mkdir()
+        build_dictionary(settings, folder=alone, **parents)
+        with monkeypatch.context() as patch:
+            patch.setattr(Training, "learn", None)  # it has nothing left to learn
+            summary = build_dictionary(settings, folder=folder, **parents)
+        assert content(folder) == content(alone)
+        assert summary["tokens_per_second"] > 0
+
+
+def test_no_more_dictionaries_are_trained_from_one_read_than_memory_holds(
+    parents: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    d_model = Activations.open(parents["activations"]).d_model
+    monkeypatch.setattr(training, "TOGETHER_BYTES", 2 * training.IN_TRAINING * 96 * d_model)
+    short = DictionarySettings.model_validate({**SHORT, "k": 6})
+    others = {tmp_path / str(k): short.model_copy(update={"k": k}) for k in (3, 4)}
+    build_dictionary(short, folder=tmp_path, others=others, **parents)
+    assert [folder.exists() for folder in others] == [True, False]
+
+
+def test_a_dictionary_does_not_depend_on_whether_activations_are_stored(
+    built: tuple[Path, dict[str, Any]], parents: dict[str, Any], tmp_path: Path
+) -> None:
+    site = SITE.model_copy(update={"stored": False})
+    (again := tmp_path / "activations").mkdir()
+    harvest(site, parents["model"], parents["corpus"], again)
+    summary = build_dictionary(SETTINGS, folder=tmp_path, **{**parents, "site": site, "activations": again})
+    assert content(tmp_path) == content(built[0])
+    assert summary["fvu"] == built[1]["fvu"]
+    stored = sum(path.stat().st_size for path in parents["activations"].iterdir())
+    assert sum(path.stat().st_size for path in again.iterdir()) < stored / 5
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_activation_that_is_not_finite_is_named_by_shard_and_row(
+    value: float, parents: dict[str, Any], tmp_path: Path
+) -> None:
+    (broken := tmp_path / "activations").mkdir()
+    for path in parents["activations"].iterdir():
+        tensors = load_file(path)
+        if path.name == "train-00002.safetensors":
+            tensors["acts"][17, 3] = value
+            tensors["is_sink"][17] = False
+        save_file(tensors, broken / path.name)
+    with pytest.raises(TrainingError, match=r"train-00002.safetensors, row 17 is NaN or infinite.*step \d+"):
+        build_dictionary(SETTINGS, folder=tmp_path, **{**parents, "activations": broken})
 
 
 @pytest.fixture(scope="module")
