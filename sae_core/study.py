@@ -145,6 +145,9 @@ class DictionarySettings(Settings):
     """A feature that has not fired for this many activations counts as dead in training."""
     evaluation_tokens: int = Field(16_384, ge=256)
     """Held-out tokens on which the dictionary is spliced into the model to measure loss recovered."""
+    b_dec_start: Literal["mean", "geometric_median"] = "mean"
+    """Where the decoder's bias starts: the mean of all activations, or the geometric median of 32,768 of them, on which
+    a few far-off ones have little pull (Bricken et al. 2023)."""
     seed: int = 0
     """Initial weights and order of the batches."""
     variant: str = Field("", pattern=r"^[a-z0-9-]*$")
@@ -163,9 +166,10 @@ class DictionarySettings(Settings):
 
     @model_serializer(mode="wrap")
     def _own_settings(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        """What is no setting of the architecture, or of what is trained, is none of its fingerprint either."""
-        without = {_sparsity_keys(self.architecture)[1], "source" if not self.source else ""}
-        return {key: value for key, value in dump(self).items() if key not in without}
+        """What is no setting of the architecture is none of its fingerprint, nor what could not be set once."""
+        later = {"source": "", "b_dec_start": "mean"}
+        foreign = _sparsity_keys(self.architecture)[1]
+        return {key: value for key, value in dump(self).items() if key != foreign and later.get(key) != value}
 
     @model_validator(mode="after")
     def _k_fits(self) -> "DictionarySettings":

@@ -69,6 +69,9 @@ l0_tolerance = 0.5
 """
 (HOME / "studies").mkdir()
 (HOME / "studies" / "tiny.toml").write_text(TINY_STUDY, "utf-8")
+PAIR = TINY_STUDY.replace("k = 4", "k = [3, 5]")
+"""Two dictionaries at the tiny study's site."""
+(HOME / "studies" / "pair.toml").write_text(PAIR, "utf-8")
 
 
 @pytest.fixture(scope="session")

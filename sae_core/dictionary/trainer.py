@@ -18,11 +18,14 @@ from torch import Tensor
 
 from sae_core.artifacts import write_atomically
 from sae_core.dictionary.architectures import architecture
+from sae_core.dictionary.center import geometric_median
 from sae_core.dictionary.folded import Dictionary
 from sae_core.dictionary.weights import Learner, Weights
 from sae_core.errors import MindAtlasError
 from sae_core.study import DictionarySettings
 
+MEDIAN_TOKENS = 32_768
+"""Activations that the geometric median is taken of (Gao et al. 2024)."""
 DIVERGED = 10.0
 """A batch's fraction of variance unexplained above which training has failed; the mean alone scores 1."""
 
@@ -84,8 +87,8 @@ class Training:
         mean, mean_square = source.statistics()
         self.settings = settings
         self.scale = math.sqrt(source.d_model / float(mean_square))
-        center = mean.to(device) * self.scale
-        variance = source.d_model - float(center.square().sum())
+        variance = source.d_model - float((mean * self.scale).square().sum())
+        center = _center(settings, source, mean).to(device) * self.scale
         self.architecture = architecture(settings, variance)
         self.learner = Learner(self.architecture.start(Weights.initial(settings.d_sae, center, settings.seed)))
         self.silent_for = torch.zeros(settings.d_sae, dtype=torch.int64, device=device)
@@ -195,6 +198,16 @@ class Training:
         self.history = [StepMetrics(int(row[0]), int(row[1]), *row[2:]) for row in state["history"].tolist()]
         self.checkpoint = f"step {self.done} in {path}"
         return self
+
+
+def _center(
+    settings: DictionarySettings, source: Source, mean: Float32[Tensor, " d_model"]
+) -> Float32[Tensor, " d_model"]:
+    """Where b_dec starts, in the units of the activations."""
+    if settings.b_dec_start == "mean":
+        return mean
+    n = max(1, min(MEDIAN_TOKENS, source.n_kept) // settings.batch_tokens)
+    return geometric_median(torch.cat([x.float() for x in source.batches(settings.batch_tokens, n, settings.seed)]))
 
 
 def together(trainings: Sequence[Training], source: Source) -> Iterator[None]:

@@ -105,6 +105,14 @@ def test_a_dictionary_is_exported_and_made_again_from_the_export(home: Path, tin
     assert found["dictionary"]["fvu"] < 1
 
 
+def test_dictionaries_are_listed_and_pictured(home: Path, tmp_path: Path):
+    picture = tmp_path / "frontier.png"
+    points = json.loads(run("dictionaries", "--plot", str(picture), "--json", home=home, check=True).stdout)
+    assert [point["d_sae"] for point in points] == [64]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert points[0]["name"] in run("dictionaries", home=home, check=True).stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -193,5 +201,5 @@ def test_without_an_atlas_one_is_told_how_to_make_it(tmp_path: Path):
 
 def test_help_lists_the_commands():
     done = subprocess.run([str(MIND_ATLAS), "--help"], capture_output=True, text=True, check=True)
-    for command in ("run", "status", "features", "feature", "explain", "steer", "export", "ui"):
+    for command in ("run", "status", "dictionaries", "features", "feature", "explain", "steer", "export", "ui"):
         assert f"  {command} " in done.stdout

@@ -8,6 +8,7 @@ from assets.partitions import STUDIES
 from assets.resources import Workshop
 from pipelines.definitions import build_defs, defs
 from pipelines.run import bring_up_to_date, plan
+from sae_core import training
 from sae_core.artifacts import ArtifactStore
 from sae_core.stages import VERSIONS
 from sae_core.studies import Studies
@@ -88,6 +89,27 @@ def test_bringing_a_study_up_to_date_makes_each_stage_once_and_then_runs_nothing
         assert {step.status.state for step in bring_up_to_date(study, workshop, instance)} == {"made"}
         assert len(instance.get_runs()) == len(runs)
     assert {step.status.state for step in plan(study, workshop.store)} == {"made"}
+
+
+def test_the_dictionaries_of_a_study_are_trained_from_one_read(workshop: Workshop, monkeypatch: pytest.MonkeyPatch):
+    learned: list[list[int]] = []
+
+    def recorded(trainings: list[training.Training], source: training.Activations):
+        learned.append([t.n_steps - t.done for t in trainings])
+        return together(trainings, source)
+
+    together = training.together
+    monkeypatch.setattr(training, "together", recorded)
+    with dg.DagsterInstance.ephemeral() as instance:
+        steps = list(bring_up_to_date(STUDIES.get("pair"), workshop, instance, until="dictionary"))
+        assert [step.recipe.stage for step in steps] == ["corpus", "activations", "dictionary", "dictionary"]
+        assert learned == [[78, 78], [0]]
+        ran = [run for run in instance.get_runs() if run.job_name == "make_dictionary"]
+        told = [instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION) for run in ran]
+        pictured = ["frontier" in log.asset_materialization.metadata for (log,) in told]
+        assert pictured == [True, False]  # the newest first: one point alone is no frontier
+    assert len(workshop.store.slugs("dictionary")) == 2
+    assert workshop.store.slugs("features") == []
 
 
 def test_one_changed_setting_remakes_what_follows_and_nothing_else(workshop: Workshop, tiny_study: Path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sae_core.dictionary import Dictionary
+from sae_core.dictionary.center import geometric_median
 from sae_core.dictionary.trainer import StepMetrics, Training, TrainingError, learning_rate
 from sae_core.study import Architecture, DictionarySettings
 
@@ -64,6 +65,13 @@ def small(**changes: float | str) -> DictionarySettings:
     sparsity = {"l1_coefficient": 1} if changes.get("architecture") == "relu" else {"k": 4}
     values = {"d_sae": 96, "tokens": 256 * 24, "batch_tokens": 256, "dead_after_tokens": 1000} | sparsity | changes
     return DictionarySettings.model_validate(values)
+
+
+def test_the_decoders_bias_starts_at_the_mean_or_at_the_geometric_median(source: InMemory) -> None:
+    for start, expected in (("mean", source.x.mean(0)), ("geometric_median", geometric_median(source.x[:19_968]))):
+        training = Training(small(b_dec_start=start), source)
+        b_dec = training.learner.weights.b_dec / training.scale
+        torch.testing.assert_close(b_dec, expected, rtol=1e-2, atol=1e-2)
 
 
 def train(training: Training, source: InMemory) -> list[StepMetrics]:
