@@ -15,7 +15,13 @@ from pydantic import Field, field_validator, model_serializer, model_validator
 from sae_core.names import DictionarySpec, Hook, Site, to_slug
 from sae_core.settings import Settings
 
-Architecture = Literal["batch_top_k", "top_k", "matryoshka_batch_top_k", "jump_relu", "relu"]
+Architecture = Literal["batch_top_k", "top_k", "matryoshka_batch_top_k", "jump_relu", "gated", "relu"]
+PENALIZED = {"relu": 5.0, "gated": 1.0}
+"""Architectures whose sparsity hangs on `l1_coefficient`, and its default.
+
+`relu`: Templeton et al. 2024. `gated`: SAELens's default; what SAEBench trained (0.012 to 0.08 at E|x|^2 = 1) is 0.3 to
+1.9 at a d_model of 576.
+"""
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -122,9 +128,9 @@ class DictionarySettings(Settings):
     d_sae: int = Field(4096, ge=1)
     """Number of features."""
     k: int | None = Field(None, ge=1)
-    """Features active on a token, on average; default 32. Of every architecture but `relu`."""
+    """Features active on a token, on average; default 32. Of every architecture without a penalty."""
     l1_coefficient: float | None = Field(None, gt=0)
-    """Weight of the penalty on the activations of `relu` (lambda); default 5 (Templeton et al. 2024)."""
+    """Weight of the penalty on activations (lambda) of `relu` and `gated`; defaults are in `PENALIZED`."""
     tokens: int = Field(2_000_000, ge=1)
     """Activations seen in training; a smaller set is read several times over, in a new order each time."""
     batch_tokens: int = Field(2048, ge=1)
@@ -140,7 +146,7 @@ class DictionarySettings(Settings):
     lr_decay: Share = 0.2
     """Share of the steps, at the end, over which it falls to 0 (Anthropic, April 2024)."""
     aux_coefficient: float = Field(1 / 32, ge=0)
-    """Weight of the auxiliary loss that revives dead features (Gao et al. 2024, A.2); `relu` has none."""
+    """Weight of the auxiliary loss that revives dead features (Gao et al. 2024, A.2); beside a penalty is none."""
     dead_after_tokens: int = Field(200_000, ge=1)
     """A feature that has not fired for this many activations counts as dead in training."""
     evaluation_tokens: int = Field(16_384, ge=256)
@@ -162,7 +168,8 @@ class DictionarySettings(Settings):
         own, foreign = _sparsity_keys(architecture := values.get("architecture", "batch_top_k"))
         if values.get(foreign) is not None:
             raise ValueError(f"{foreign} = {values[foreign]} is no setting of {architecture}: give {own} in its place")
-        return values | ({own: {"k": 32, "l1_coefficient": 5.0}[own]} if values.get(own) is None else {})
+        default = 32 if own == "k" else PENALIZED[architecture]
+        return values | ({own: default} if values.get(own) is None else {})
 
     @model_serializer(mode="wrap")
     def _own_settings(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
@@ -182,7 +189,7 @@ class DictionarySettings(Settings):
 
 def _sparsity_keys(architecture: Any) -> tuple[str, str]:
     """The setting that an architecture's sparsity hangs on, and the one that it does not know."""
-    return ("l1_coefficient", "k") if architecture == "relu" else ("k", "l1_coefficient")
+    return ("l1_coefficient", "k") if architecture in tuple(PENALIZED) else ("k", "l1_coefficient")
 
 
 class FeatureSettings(Settings):

@@ -21,7 +21,7 @@ class Step(NamedTuple):
     n_fired: Int64[Tensor, " d_sae"]
     """How often each feature was active."""
     aux: float
-    """The auxiliary loss, or ReLU's sparsity penalty, before its coefficient."""
+    """The auxiliary loss, or the penalty of what has one instead, before its coefficient."""
 
 
 class Architecture(ABC):
@@ -47,6 +47,10 @@ class Architecture(ABC):
             dead: the features that AuxK is to revive.
             progress: share of all steps that were taken before this one.
         """
+
+    def encoder(self, weights: Weights) -> tuple[Float32[Tensor, "d_sae d_model"], Float32[Tensor, " d_sae"]]:
+        """Directions and biases at inference, in the scaled units: activations are what exceeds the thresholds."""
+        return weights.W_enc, weights.b_enc
 
     @abstractmethod
     def thresholds(self, weights: Weights) -> float | Float32[Tensor, " d_sae"]:

@@ -2,6 +2,7 @@
 
 from sae_core.dictionary.architecture import Architecture
 from sae_core.dictionary.batch_top_k import BatchTopK
+from sae_core.dictionary.gated import Gated
 from sae_core.dictionary.jump_relu import JumpReLU
 from sae_core.dictionary.matryoshka import MatryoshkaBatchTopK
 from sae_core.dictionary.relu import ReLU
@@ -11,9 +12,9 @@ from sae_core.study import DictionarySettings
 
 def architecture(settings: DictionarySettings, variance: float) -> Architecture:
     """What the settings ask for, on inputs of the given (scaled) variance."""
-    if settings.architecture == "relu":
-        assert settings.l1_coefficient is not None, "settings see to it"
-        return ReLU(settings.l1_coefficient, variance)
+    if settings.l1_coefficient is not None:
+        with_penalty = {"gated": Gated, "relu": ReLU}
+        return with_penalty[settings.architecture](settings.l1_coefficient, variance)
     assert settings.k is not None, "settings see to it"
     with_k = {
         "batch_top_k": BatchTopK, "top_k": TopK, "matryoshka_batch_top_k": MatryoshkaBatchTopK, "jump_relu": JumpReLU,

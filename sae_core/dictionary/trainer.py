@@ -61,7 +61,7 @@ class StepMetrics(NamedTuple):
     """Fraction of this batch's variance unexplained, before the step."""
     l0: float
     aux: float
-    """Auxiliary loss, or ReLU's sparsity penalty, before its coefficient."""
+    """Auxiliary loss, or the penalty of what has one instead, before its coefficient."""
     dead: float
     """Share of features without a firing in the last `dead_after_tokens` activations."""
     lr: float
@@ -157,9 +157,10 @@ class Training:
     def dictionary(self) -> Dictionary:
         """The dictionary as it is now, folded, with the threshold that goes with it."""
         weights, scale = self.learner.weights, self.scale
+        W_enc, b_enc = self.architecture.encoder(weights)
         return Dictionary(
-            W_enc=weights.W_enc.T.clone(),
-            b_enc=(weights.b_enc - weights.W_enc @ weights.b_dec) / scale,
+            W_enc=W_enc.T.clone(),
+            b_enc=(b_enc - W_enc @ weights.b_dec) / scale,
             W_dec=weights.W_dec.clone(),
             b_dec=weights.b_dec / scale,
             threshold=torch.zeros_like(weights.b_enc) + self._thresholds(),

@@ -26,6 +26,10 @@ class Weights:
     b_dec: Float32[Tensor, " d_model"]
     threshold: Float32[Tensor, " d_sae"] | None = None
     """Only of architectures that learn it."""
+    b_mag: Float32[Tensor, " d_sae"] | None = None
+    """Bias of the magnitudes of `gated`."""
+    r_mag: Float32[Tensor, " d_sae"] | None = None
+    """Logarithm of what multiplies the encoder for the magnitudes of `gated`."""
 
     @classmethod
     def initial(cls, d_sae: int, b_dec: Float32[Tensor, " d_model"], seed: int) -> "Weights":
@@ -39,7 +43,7 @@ class Weights:
 
     def zeros(self) -> "Weights":
         """Zeros of the same shapes."""
-        return Weights(*(torch.zeros_like(tensor) for tensor in self.tensors()))
+        return Weights(**{name: torch.zeros_like(tensor) for name, tensor in self._named().items()})
 
     def zero_(self) -> "Weights":
         """These, set to zero."""

@@ -37,6 +37,7 @@ from sae_core.interop.foreign import (
     write_tensors,
 )
 from sae_core.names import Site
+from sae_core.study import PENALIZED
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 FILES = (CONFIG, WEIGHTS)
@@ -104,7 +105,7 @@ def read(folder: Path) -> Dictionary:
     config: dict[str, Any] = {"architecture": _architecture(kind, trainer)}
     if "k" in kind.whole or "k" in trainer:
         config["k"] = _k(path, trainer, whole.get("k"), d_sae, kind)
-    elif config["architecture"] == "relu" and isinstance(penalty := trainer.get("l1_penalty"), int | float):
+    elif config["architecture"] in PENALIZED and isinstance(penalty := trainer.get("l1_penalty"), int | float):
         config["l1_coefficient"] = float(penalty)
     config["imported"] = {"format": "dictionary_learning", "dtype": precision(tensors)}
     return fold(weights_path, weights, config, centered=kind.centered, ranked=ranked)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sae_core.artifacts import write_atomically
 from sae_core.dictionary import Dictionary
+from sae_core.dictionary.gated import as_threshold
 from sae_core.errors import MindAtlasError
 
 Layout = Mapping[str, tuple[str, str]]
@@ -140,17 +141,9 @@ def precision(tensors: Mapping[str, Tensor]) -> str:
 
 
 def from_gated(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A gated encoder as one with a threshold, exactly (Rajamanoharan et al. 2024, sec. 3.2).
-
-    gate = x @ W + b_gate > 0 and magnitude = exp(r_mag) * (x @ W) + b_mag share their directions, so the gate is open
-    where the magnitude exceeds b_mag - exp(r_mag) * b_gate.
-    """
-    scale, b_mag = weights["r_mag"].exp(), weights["b_mag"]
-    folded = {
-        "W_enc": weights["W_enc"] * scale,
-        "b_enc": b_mag,
-        "threshold": b_mag - scale * weights["b_gate"],
-    }
+    """A gated encoder as one with a threshold, exactly; see `as_threshold`."""
+    scale, threshold = as_threshold(weights["b_gate"], weights["b_mag"], weights["r_mag"])
+    folded = {"W_enc": weights["W_enc"] * scale, "b_enc": weights["b_mag"], "threshold": threshold}
     return {"W_dec": weights["W_dec"], "b_dec": weights["b_dec"], **folded}
 
 

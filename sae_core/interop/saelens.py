@@ -34,6 +34,7 @@ from sae_core.interop.foreign import (
     write_tensors,
 )
 from sae_core.names import Site
+from sae_core.study import PENALIZED
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 FILES = (CONFIG, WEIGHTS)
@@ -164,6 +165,6 @@ def _trained_as(path: Path, config: dict[str, Any], metadata: dict[str, Any], d_
     said: dict[str, Any] = {"architecture": _OURS.get(architecture, "jump_relu")}
     if isinstance(k, int | float) and k >= 1 and float(k).is_integer():  # theirs may be 32.5, which ours cannot say
         said["k"] = int(k)
-    if isinstance(penalty, int | float) and said["architecture"] == "relu":
+    if isinstance(penalty, int | float) and said["architecture"] in PENALIZED:
         said["l1_coefficient"] = float(penalty)
     return said

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sae_core.dictionary.architectures import architecture
+from sae_core.dictionary.gated import Gated
 from sae_core.dictionary.jump_relu import BANDWIDTH, JumpReLU
 from sae_core.dictionary.matryoshka import MatryoshkaBatchTopK
 from sae_core.dictionary.relu import ReLU
@@ -75,6 +76,15 @@ def relu_loss(w: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     return (squared(w, x, f) + 3.0 * (f * w[2].norm(dim=1).detach()).sum() / N) / VARIANCE
 
 
+def gated_loss(w: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    W_enc, b_gate, W_dec, b_dec, b_mag, r_mag = w
+    gate = (x - b_dec) @ W_enc.T + b_gate
+    f = (gate > 0) * ((x - b_dec) @ (W_enc * r_mag.exp()[:, None]).T + b_mag).relu()
+    via_gate = gate.relu() @ W_dec.detach() + b_dec.detach()
+    penalized = squared(w, x, f) + 3.0 * gate.relu().sum() / N
+    return (penalized + (x - via_gate).square().sum() / N) / VARIANCE
+
+
 class Above(torch.autograd.Function):
     """H(z - threshold), whose gradient for the threshold is -1 / BANDWIDTH near it."""
 
@@ -115,6 +125,7 @@ def jump_relu_loss(w: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         (TopK(K, 0.0, VARIANCE), top_k_loss),
         (MatryoshkaBatchTopK(K, 0.0, VARIANCE), matryoshka_loss),
         (ReLU(3.0, VARIANCE), relu_loss),
+        (Gated(3.0, VARIANCE), gated_loss),
         (JumpReLU(K, 0.0, VARIANCE), jump_relu_loss),
     ],
     ids=lambda value: type(value).__name__,
@@ -123,15 +134,16 @@ def test_gradients_equal_those_of_autograd(trained: Any, loss: Callable[..., tor
     started = trained.start(weights())
     if started.threshold is not None:
         started.threshold.add_(0.3 * normal(D_SAE, seed=4)).clamp_(min=0)
+    for magnitude in (started.b_mag, started.r_mag):
+        if magnitude is not None:
+            magnitude.add_(0.3 * normal(D_SAE, seed=4))
     learner = Learner(started)
     step = trained.step(learner, inputs(), NO_DEAD, progress=0.5)
     leaves = [tensor.clone().requires_grad_() for tensor in started.tensors()]
     expected = torch.autograd.grad(loss(leaves, inputs()), leaves)
     assert step.n_active > 0
     assert int(step.n_fired.sum()) == step.n_active
-    for name, ours, theirs in zip(
-        ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"), learner.gradients.tensors(), expected, strict=False
-    ):
+    for (name, ours), theirs in zip(learner.gradients.state("of").items(), expected, strict=True):
         assert theirs.any(), name
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
@@ -155,16 +167,18 @@ def test_top_k_selects_nothing_that_is_not_positive() -> None:
     assert value.min() > 0
 
 
-def test_the_penalty_of_relu_is_warmed_over_the_first_steps() -> None:
-    b_enc = [gradients(ReLU(3.0, VARIANCE), NO_DEAD, at).b_enc for at in (0.0, 0.025, 0.05, 1.0)]
+@pytest.mark.parametrize("trained", [ReLU, Gated])
+def test_the_penalty_is_warmed_over_the_first_steps(trained: Any) -> None:
+    b_enc = [gradients(trained(3.0, VARIANCE), NO_DEAD, at).b_enc for at in (0.0, 0.025, 0.05, 1.0)]
     torch.testing.assert_close(b_enc[1] - b_enc[0], (b_enc[2] - b_enc[0]) / 2)
     assert torch.equal(b_enc[2], b_enc[3])
 
 
-def test_relu_in_blocks_is_relu_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = gradients(ReLU(3.0, VARIANCE), NO_DEAD)
-    monkeypatch.setattr("sae_core.dictionary.relu.BLOCK_BYTES", 7 * D_SAE * 4)
-    parts = gradients(ReLU(3.0, VARIANCE), NO_DEAD)
+@pytest.mark.parametrize("trained", [ReLU, Gated])
+def test_blocks_together_are_the_batch_at_once(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = gradients(trained(3.0, VARIANCE), NO_DEAD)
+    monkeypatch.setattr("sae_core.dictionary.dense.BLOCK_BYTES", 7 * D_SAE * 4)
+    parts = gradients(trained(3.0, VARIANCE), NO_DEAD)
     for a, b in zip(whole.tensors(), parts.tensors(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 

@@ -11,7 +11,8 @@ import torch
 from sae_core.dictionary import Dictionary
 from sae_core.dictionary.center import geometric_median
 from sae_core.dictionary.trainer import StepMetrics, Training, TrainingError, learning_rate
-from sae_core.study import Architecture, DictionarySettings
+from sae_core.dictionary.weights import Weights
+from sae_core.study import PENALIZED, Architecture, DictionarySettings
 
 ARCHITECTURES = get_args(Architecture)
 D_MODEL, N_TRUE = 64, 256
@@ -62,7 +63,7 @@ def source() -> InMemory:
 
 
 def small(**changes: float | str) -> DictionarySettings:
-    sparsity = {"l1_coefficient": 1} if changes.get("architecture") == "relu" else {"k": 4}
+    sparsity = {"l1_coefficient": 1} if changes.get("architecture") in PENALIZED else {"k": 4}
     values = {"d_sae": 96, "tokens": 256 * 24, "batch_tokens": 256, "dead_after_tokens": 1000} | sparsity | changes
     return DictionarySettings.model_validate(values)
 
@@ -125,14 +126,23 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(source: InM
     assert not torch.equal(one.W_dec, other.W_dec)
 
 
+def acts(weights: Weights, thresholds: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """What an architecture says that its features do on scaled inputs."""
+    u = (x - weights.b_dec) @ weights.W_enc.T
+    z = u + weights.b_enc
+    if weights.b_mag is None or weights.r_mag is None:
+        return z * (z > thresholds)
+    return (u * weights.r_mag.exp() + weights.b_mag).relu() * (z > 0)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_folding_leaves_reconstructions_unchanged(architecture: str, source: InMemory) -> None:
     training = Training(small(architecture=architecture), source)
     train(training, source)
     dictionary, weights, scale = training.dictionary(), training.learner.weights, training.scale
     x = source.x[:64]
-    z = (x * scale - weights.b_dec) @ weights.W_enc.T + weights.b_enc
-    f = z * (z > training.architecture.thresholds(weights))
+    f = acts(weights, training.architecture.thresholds(weights), x * scale)
+    assert 0 < int((f > 0).sum()) < f.numel()
     x_hat = (f @ weights.W_dec + weights.b_dec) / scale
     torch.testing.assert_close(dictionary.decode(dictionary.encode(x)), x_hat, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(dictionary.encode(x), f / scale, rtol=1e-5, atol=1e-5)

@@ -18,7 +18,7 @@ from sae_core.dictionary import Dictionary
 from sae_core.interop import FORMATS, InteropError
 from sae_core.interop.foreign import read_tensors
 from sae_core.names import Site
-from sae_core.study import Architecture
+from sae_core.study import PENALIZED, Architecture
 
 SITE = Site("smollm2-135m-instruct", "resid_post", 15, "quickstart")
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "rank_scale")
@@ -32,7 +32,7 @@ def dictionary(
     rng = torch.Generator().manual_seed(seed)
     W_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_model, generator=rng), dim=1)
     threshold = torch.zeros(d_sae) if ranked or architecture == "relu" else scale * torch.rand(d_sae, generator=rng)
-    sparsity = {"l1_coefficient": 5.0} if architecture == "relu" else {"k": 3}
+    sparsity = {"l1_coefficient": 5.0} if architecture in PENALIZED else {"k": 3}
     return Dictionary(
         torch.randn(d_model, d_sae, generator=rng), scale * torch.randn(d_sae, generator=rng), W_dec,
         scale * torch.randn(d_model, generator=rng), threshold, {"architecture": architecture, **sparsity},

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sae_core.dictionary import Dictionary
 from sae_core.interop import InteropError, saelens
 
 D_MODEL, D_SAE, K = 24, 80, 7
@@ -72,6 +73,19 @@ def test_what_is_read_encodes_and_decodes_as_the_library_does(
     torch.testing.assert_close(dictionary.decode(dictionary.encode_sparse(x)), x_hat, rtol=1e-5, atol=1e-5)
     assert dictionary.config["architecture"] == OURS[architecture]
     assert dictionary.config.get("k") == (K if architecture == "topk" else None)
+
+
+def test_an_imported_gated_dictionary_is_saved_and_loaded(
+    make: Callable[..., Path], weights: dict[str, Tensor], x: Tensor, tmp_path: Path
+) -> None:
+    details = {"training_architecture_details": {"l1_coefficient": 2}}
+    cfg = config("gated", metadata={"sae_lens_version": "6.54.12", "training_architecture": "gated", **details})
+    read = saelens.read(make(cfg, {name: weights[name] for name in NAMES["gated"]}))
+    read.save(tmp_path)
+    loaded = Dictionary.load(tmp_path)
+    assert loaded.config == read.config
+    assert (loaded.config["architecture"], loaded.config["l1_coefficient"]) == ("gated", 2)
+    torch.testing.assert_close(loaded.encode(x), oracle(cfg, weights, x)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_a_topk_ranked_after_scaling_by_decoder_norms_differs_and_is_read_as_such(
