@@ -72,8 +72,8 @@ def ours(given: argparse.Namespace, source: Planted, lr: float) -> tuple[Step, R
 
     def reconstruct(x: Tensor) -> Tensor:
         weights = training.learner.weights
-        z = ((x * training.scale - weights.b_dec) @ weights.W_enc.T + weights.b_enc).relu()
-        return (keep(z, given) @ weights.W_dec + weights.b_dec) / training.scale
+        z = ((x * training.scaling.scale - weights.b_dec) @ weights.W_enc.T + weights.b_enc).relu()
+        return (keep(z, given) @ weights.W_dec + weights.b_dec) / training.scaling.scale
 
     return training.learn, reconstruct
 

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_serializer, model_validator
 from sae_core.names import DictionarySpec, Hook, Site, to_slug
 from sae_core.settings import Settings
 
-Architecture = Literal["batch_top_k", "top_k", "matryoshka_batch_top_k", "jump_relu", "gated", "relu"]
+Architecture = Literal["batch_top_k", "top_k", "matryoshka_batch_top_k", "jump_relu", "gated", "relu", "transcoder"]
 PENALIZED = {"relu": 5.0, "gated": 1.0}
 """Architectures whose sparsity hangs on `l1_coefficient`, and its default.
 

@@ -37,6 +37,11 @@ def load_study(path: Path) -> Study:
         raise StudyError(f"{path}: {explain(error)}") from None
     except ValueError as error:
         raise StudyError(f"{path}: {error}") from None
+    if any(dictionary.architecture == "transcoder" for dictionary in study.dictionaries):
+        raise StudyError(
+            f"{path}: a transcoder reads one site and writes another, and a study has one: train it in Python, with "
+            "sae_core.dictionary.trainer.Training on a sae_core.activations.Pair; or give another architecture"
+        )
     slugs = [study.spec(d).slug for d in study.dictionaries]
     if twice := next((s for s in slugs if slugs.count(s) > 1), None):
         raise StudyError(f"{path}: two dictionaries are called {twice}: give each a `variant` of its own")

@@ -6,6 +6,7 @@ and still sees mixed text, and every activation is traced back to its place.
 """
 
 from sae_core.activations.harvest import harvest
+from sae_core.activations.pair import Pair
 from sae_core.activations.shards import ActivationError, Activations, Shard, Statistics
 
-__all__ = ["ActivationError", "Activations", "Shard", "Statistics", "harvest"]
+__all__ = ["ActivationError", "Activations", "Pair", "Shard", "Statistics", "harvest"]

@@ -25,7 +25,7 @@ _CHUNK = 8192
 """Rows turned into float64 at a time."""
 
 
-Acts = Callable[[int], Float[Tensor, "tokens d_model"]]
+Acts = Callable[[int], Float[Tensor, "tokens *site d_model"]]
 """Gives the activations of the shard of a number."""
 
 
@@ -36,7 +36,7 @@ class ActivationError(MindAtlasError):
 class Shard(NamedTuple):
     """Activations in shuffled order, and for each the place and the token that it belongs to."""
 
-    acts: Float[Tensor, "tokens d_model"]
+    acts: Float[Tensor, "tokens *site d_model"]
     block: Int32[Tensor, " tokens"]
     offset: Int32[Tensor, " tokens"]
     token: Int32[Tensor, " tokens"]
@@ -67,10 +67,10 @@ class Totals(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Of the train split's activations, sinks left out."""
+    """Of the train split's activations, sinks left out; of two sites, a row for each."""
 
-    mean: Float32[Tensor, " d_model"]
-    mean_square_norm: Float32[Tensor, " 1"]
+    mean: Float32[Tensor, "*site d_model"]
+    mean_square_norm: Float32[Tensor, " sites"]
 
 
 class Activations:
@@ -85,7 +85,7 @@ class Activations:
     """
 
     def __init__(self, folder: Path, paths: list[Path], acts: Acts) -> None:
-        self._folder, self._paths, self._acts = folder, paths, acts
+        self.folder, self.paths, self.acts = folder, paths, acts
         totals = [Totals.read(path) for path in paths]
         self._kept = [int(t.n_kept) for t in totals]
         self._sizes = [len(_tensors(path, ("is_sink",))["is_sink"]) for path in paths]
@@ -111,15 +111,15 @@ class Activations:
 
     def statistics(self) -> Statistics:
         """Mean and mean square norm of the train split, sinks left out."""
-        return Statistics(**_tensors(self._folder / STATISTICS, Statistics._fields))
+        return Statistics(**_tensors(self.folder / STATISTICS, Statistics._fields))
 
     def shards(self) -> Iterator[Shard]:
         """The shards in order, sinks included."""
-        return map(self._shard, range(len(self._paths)))
+        return map(self._shard, range(len(self.paths)))
 
     def first_broken(self) -> str:
         """File and row of the first activation that is not finite; empty when all are."""
-        for path, shard in zip(self._paths, self.shards(), strict=True):
+        for path, shard in zip(self.paths, self.shards(), strict=True):
             for chunk, acts in enumerate(shard.acts.split(_CHUNK)):
                 if len(rows := (~acts.isfinite()).any(dim=1).nonzero()):
                     return f"{path.name}, row {chunk * _CHUNK + int(rows[0])}"
@@ -131,13 +131,13 @@ class Activations:
         ends = torch.tensor(self._sizes).cumsum(0)
         shard_of = torch.searchsorted(ends, row, right=True)
         starts = ends - torch.tensor(self._sizes)
-        found = [self._acts(number)[row[shard_of == number] - starts[number]] for number in range(len(self._paths))]
+        found = [self.acts(number)[row[shard_of == number] - starts[number]] for number in range(len(self.paths))]
         order = shard_of.argsort(stable=True)
         return torch.cat(found)[order.argsort()]
 
     def batches(
         self, batch_tokens: int, n_steps: int, seed: int, start_step: int = 0
-    ) -> Iterator[Float[Tensor, "batch d_model"]]:
+    ) -> Iterator[Float[Tensor, "batch *site d_model"]]:
         """Batches for the steps from `start_step` to before `n_steps`, sinks left out, in the stored type.
 
         They are cut from an endless row of epochs, each in a new order: the shards are permuted, and the rows of as
@@ -145,11 +145,11 @@ class Activations:
         late costs no more than to start.
         """
         if not self.n_kept:
-            raise ActivationError(f"{self._folder} holds attention sinks only: give more text")
+            raise ActivationError(f"{self.folder} holds attention sinks only: give more text")
         endless = self._endless(batch_tokens, seed, start_step * batch_tokens)
         yield from itertools.islice(endless, max(0, n_steps - start_step))
 
-    def _endless(self, batch_tokens: int, seed: int, skip: int) -> Iterator[Float[Tensor, "batch d_model"]]:
+    def _endless(self, batch_tokens: int, seed: int, skip: int) -> Iterator[Float[Tensor, "batch *site d_model"]]:
         pieces: list[Tensor] = []
         lacking = batch_tokens
         for group, order in self._groups(seed, skip):
@@ -161,28 +161,34 @@ class Activations:
                     yield torch.cat(pieces)
                     pieces, lacking = [], batch_tokens
 
-    def _groups(self, seed: int, skip: int) -> Iterator[tuple[Float[Tensor, "rows d_model"], Int64[Tensor, " picked"]]]:
+    def _groups(
+        self, seed: int, skip: int
+    ) -> Iterator[tuple[Float[Tensor, "rows *site d_model"], Int64[Tensor, " picked"]]]:
         """Kept rows of a few shards, and the order to take them in, without the first `skip`; one buffer for all."""
-        some = self._acts(0)
+        some = self.acts(0)
         size = max(2, SHUFFLE_BYTES // (max(self._sizes) * self.d_model * some.element_size()))
-        buffer = some.new_empty(min(size * max(self._kept), self.n_kept), self.d_model)
+        buffer = some.new_empty(min(size * max(self._kept), self.n_kept), *some.shape[1:])
         first, skip = divmod(skip, self.n_kept)
         for epoch in itertools.count(first):
-            for number, group in enumerate(permutation(len(self._paths), seed, epoch, 0).split(size)):
+            for number, group in enumerate(permutation(len(self.paths), seed, epoch, 0).split(size)):
                 n = sum(self._kept[shard] for shard in group)
                 if skip < n:
                     yield self._load(group.tolist(), buffer[:n]), permutation(n, seed, epoch, 1 + number)[skip:]
                 skip = max(0, skip - n)
 
-    def _load(self, group: list[int], out: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_model"]:
+    def _load(self, group: list[int], out: Float[Tensor, "rows *site d_model"]) -> Float[Tensor, "rows *site d_model"]:
         """Copy the kept rows of the shards into `out`."""
         for shard, rows in zip(group, out.split([self._kept[shard] for shard in group]), strict=True):
             acts, *_, is_sink = self._shard(shard)
             torch.index_select(acts, 0, (~is_sink).nonzero().squeeze(1), out=rows)
         return out
 
+    def places(self, number: int) -> dict[str, Tensor]:
+        """What a shard holds beside its activations, as `Shard` names it."""
+        return _tensors(self.paths[number], Shard._fields[1:])
+
     def _shard(self, number: int) -> Shard:
-        return Shard(acts=self._acts(number), **_tensors(self._paths[number], Shard._fields[1:]))
+        return Shard(acts=self.acts(number), **self.places(number))
 
     def _find(self, block: Int64[Tensor, " tokens"], offset: Int64[Tensor, " tokens"]) -> Int64[Tensor, " tokens"]:
         """Row of each place, counted over all shards."""
@@ -197,7 +203,7 @@ class Activations:
     @cached_property
     def _row_at(self) -> Int64[Tensor, "blocks length"]:
         """Row, counted over all shards, of each block and offset; -1 where none is stored. 8 bytes a token."""
-        places = [_tensors(path, ("block", "offset")) for path in self._paths]
+        places = [_tensors(path, ("block", "offset")) for path in self.paths]
         block, offset = (torch.cat([place[name] for place in places]).long() for name in ("block", "offset"))
         table = torch.full((int(block.max()) + 1, int(offset.max()) + 1), -1)
         table[block, offset] = torch.arange(len(block))

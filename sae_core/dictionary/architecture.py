@@ -37,7 +37,7 @@ class Architecture(ABC):
 
     @abstractmethod
     def step(
-        self, learner: Learner, x: Float32[Tensor, "batch d_model"], dead: Bool[Tensor, " d_sae"], progress: float
+        self, learner: Learner, x: Float32[Tensor, "batch *site d_model"], dead: Bool[Tensor, " d_sae"], progress: float
     ) -> Step:
         """Find the gradients of the loss on a batch; returns what else came of it.
 

@@ -7,6 +7,7 @@ from sae_core.dictionary.jump_relu import JumpReLU
 from sae_core.dictionary.matryoshka import MatryoshkaBatchTopK
 from sae_core.dictionary.relu import ReLU
 from sae_core.dictionary.top_k import TopK
+from sae_core.dictionary.transcoder import Transcoder
 from sae_core.study import DictionarySettings
 
 
@@ -16,7 +17,8 @@ def architecture(settings: DictionarySettings, variance: float) -> Architecture:
         with_penalty = {"gated": Gated, "relu": ReLU}
         return with_penalty[settings.architecture](settings.l1_coefficient, variance)
     assert settings.k is not None, "settings see to it"
-    with_k = {
+    with_k: dict[str, type[BatchTopK] | type[JumpReLU]] = {
         "batch_top_k": BatchTopK, "top_k": TopK, "matryoshka_batch_top_k": MatryoshkaBatchTopK, "jump_relu": JumpReLU,
+        "transcoder": Transcoder,
     }  # fmt: skip
     return with_k[settings.architecture](settings.k, settings.aux_coefficient, variance)

@@ -15,7 +15,7 @@ from sae_core.dictionary.weights import Learner
 
 def add_aux_k(
     learner: Learner,
-    centered: Float32[Tensor, "batch d_model"],
+    read: Float32[Tensor, "batch d_model"],
     error: Float32[Tensor, "batch d_model"],
     dead: Bool[Tensor, " d_sae"],
     coefficient: float,
@@ -32,13 +32,13 @@ def add_aux_k(
     if not len(places) or not coefficient:
         return 0.0
     gradients, residual = learner.gradients, -error
-    k_aux = max(1, centered.shape[1] // 2)
+    k_aux = max(1, read.shape[1] // 2)
     share = min(len(places) / k_aux, 1.0)
     scale = share / (residual - residual.mean(0)).square().sum().clamp(min=torch.finfo(torch.float32).tiny)
     low = _Dead(learner, places)
     rows = max(1, BLOCK_BYTES // (len(places) * low.W_enc.element_size()))
     loss = torch.zeros((), device=residual.device)
-    for block, target in zip(centered.split(rows), residual.split(rows), strict=True):
+    for block, target in zip(read.split(rows), residual.split(rows), strict=True):
         block_low = low_precision(block)
         acts = low.acts(block_low, min(k_aux, len(places)))
         missed = (acts @ low.W_dec).float() - target

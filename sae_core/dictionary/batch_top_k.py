@@ -48,21 +48,44 @@ class BatchTopK(Architecture):
     ) -> Step:
         """As `Architecture.step`. Advances the running threshold."""
         centered = x - learner.weights.b_dec
-        pairs, value = self.select(learner, centered)
-        error, upstream = self.learn(learner, centered, pairs, value)
-        aux = add_aux_k(learner, centered, error, dead, self.aux_coefficient)
+        taken, upstream = self.fit(learner, centered, centered, dead)
         b_dec_gradient(learner, upstream.sum(0))
+        return taken
+
+    def fit(
+        self,
+        learner: Learner,
+        read: Float32[Tensor, "batch d_model"],
+        wanted: Float32[Tensor, "batch d_model"],
+        dead: Bool[Tensor, " d_sae"],
+    ) -> tuple[Step, Float32[Tensor, "batch d_model"]]:
+        """Set all gradients but b_dec's; returns what came of it, and the gradient of the output.
+
+        Args:
+            learner: as in `step`.
+            read: the encoder's input.
+            wanted: what the output should be, less b_dec.
+            dead: as in `step`.
+        """
+        pairs, value = self.select(learner, read)
+        error, upstream = self.learn(learner, read, wanted, pairs, value)
+        aux = add_aux_k(learner, read, error, dead, self.aux_coefficient)
         n_fired = torch.bincount(pairs.feature, minlength=len(dead))
-        return Step(float(torch.linalg.vector_norm(error) ** 2), len(value), n_fired, aux)
+        return Step(float(torch.linalg.vector_norm(error) ** 2), len(value), n_fired, aux), upstream
 
     def learn(
-        self, learner: Learner, centered: Float32[Tensor, "batch d_model"], pairs: Pairs, value: Float32[Tensor, " nnz"]
+        self,
+        learner: Learner,
+        read: Float32[Tensor, "batch d_model"],
+        wanted: Float32[Tensor, "batch d_model"],
+        pairs: Pairs,
+        value: Float32[Tensor, " nnz"],
     ) -> tuple[Float32[Tensor, "batch d_model"], Float32[Tensor, "batch d_model"]]:
-        """Set the gradients of the reconstruction loss, b_dec's aside; returns x_hat - x, and the gradient of x_hat."""
-        error, pull = reconstruct(pairs, value, learner.weights.W_dec, centered)
-        scale = 2 / (len(centered) * self.variance)
+        """Set the gradients of the reconstruction loss, b_dec's aside; returns the output's error and its gradient."""
+        error, pull = reconstruct(pairs, value, learner.weights.W_dec, wanted)
+        scale = 2 / (len(wanted) * self.variance)
         upstream = error * scale
-        sparse_gradients(learner, pairs, value, pull.mul_(scale), centered, upstream, pairs.row)
+        sparse_gradients(learner, pairs, value, pull.mul_(scale), read, upstream, pairs.row)
         return error, upstream
 
     def select(

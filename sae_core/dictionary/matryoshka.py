@@ -24,23 +24,28 @@ class MatryoshkaBatchTopK(BatchTopK):
     """
 
     def learn(
-        self, learner: Learner, centered: Float32[Tensor, "batch d_model"], pairs: Pairs, value: Float32[Tensor, " nnz"]
+        self,
+        learner: Learner,
+        read: Float32[Tensor, "batch d_model"],
+        wanted: Float32[Tensor, "batch d_model"],
+        pairs: Pairs,
+        value: Float32[Tensor, " nnz"],
     ) -> tuple[Float32[Tensor, "batch d_model"], Float32[Tensor, "batch d_model"]]:
         """As `BatchTopK.learn`: a feature hears from every prefix that it is part of.
 
         Each row is laid out once for each prefix, and a pair belongs to the copy of the first prefix that holds its
         feature; so sums over prefixes are running sums over copies.
         """
-        W_dec, n = learner.weights.W_dec, len(centered)
+        W_dec, n = learner.weights.W_dec, len(wanted)
         d_sae = len(W_dec)
         ends = torch.tensor(sorted({max(1, round(share * d_sae)) for share in PREFIXES}), device=value.device)
         first = torch.bucketize(pairs.feature, ends, right=True, out_int32=True)
         copy = pairs.row + n * first
-        parts = centered.new_empty(len(ends), *centered.shape)
+        parts = wanted.new_empty(len(ends), *wanted.shape)
         group_sums(W_dec, pairs.feature, value, Groups.by(copy, n * len(ends)), parts.flatten(0, 1))
-        error = parts.cumsum(0) - centered
+        error = parts.cumsum(0) - wanted
         upstream = error.flip(0).cumsum(0).flip(0) * (2 / (n * self.variance * len(ends)))
         table = upstream.flatten(0, 1)
         d_value = dots(W_dec, pairs.feature, table, copy)
-        sparse_gradients(learner, pairs, value, d_value, centered, table, copy)
+        sparse_gradients(learner, pairs, value, d_value, read, table, copy)
         return error[-1], upstream[0]

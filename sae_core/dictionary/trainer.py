@@ -20,6 +20,7 @@ from sae_core.artifacts import write_atomically
 from sae_core.dictionary.architectures import architecture
 from sae_core.dictionary.center import geometric_median
 from sae_core.dictionary.folded import Dictionary
+from sae_core.dictionary.scaling import OneSite, TwoSites
 from sae_core.dictionary.weights import Learner, Weights
 from sae_core.errors import MindAtlasError
 from sae_core.study import DictionarySettings
@@ -41,12 +42,12 @@ class Source(Protocol):
     n_kept: int
     d_model: int
 
-    def statistics(self) -> tuple[Float32[Tensor, " d_model"], Float32[Tensor, " 1"]]:
-        """Mean, and mean squared norm, of the training activations."""
+    def statistics(self) -> tuple[Float32[Tensor, "*site d_model"], Float32[Tensor, " sites"]]:
+        """Mean, and mean squared norm, of the training activations; of two sites, a row for each."""
 
     def batches(
         self, batch_tokens: int, n_steps: int, seed: int, start_step: int = 0
-    ) -> Iterator[Float[Tensor, "batch d_model"]]:
+    ) -> Iterator[Float[Tensor, "batch *site d_model"]]:
         """Shuffled batches from a step on."""
 
 
@@ -74,8 +75,7 @@ class StepMetrics(NamedTuple):
 class Training:
     """One dictionary in training.
 
-    Inputs are multiplied by one number so that E|x|^2 = d_model (Templeton et al. 2024), which makes learning rates
-    comparable between sites; `dictionary` folds it away.
+    Inputs are scaled (`sae_core.dictionary.scaling`); `dictionary` folds that away.
     """
 
     def __init__(self, settings: DictionarySettings, source: Source, device: str = "cpu") -> None:
@@ -86,9 +86,11 @@ class Training:
             )
         mean, mean_square = source.statistics()
         self.settings = settings
-        self.scale = math.sqrt(source.d_model / float(mean_square))
-        variance = source.d_model - float((mean * self.scale).square().sum())
-        center = _center(settings, source, mean).to(device) * self.scale
+        if (mean.dim() == 2) != (settings.architecture == "transcoder"):
+            raise TrainingError("a transcoder, and nothing else, is trained on a pair of sites")
+        self.scaling = OneSite(mean, mean_square) if mean.dim() == 1 else TwoSites(mean, mean_square)
+        variance = source.d_model - float(self.scaling.mean.square().sum())
+        center = _center(settings, source, self.scaling).to(device)
         self.architecture = architecture(settings, variance)
         self.learner = Learner(self.architecture.start(Weights.initial(settings.d_sae, center, settings.seed)))
         self.silent_for = torch.zeros(settings.d_sae, dtype=torch.int64, device=device)
@@ -113,14 +115,15 @@ class Training:
             yield self.history[-1]
 
     @torch.no_grad()
-    def learn(self, batch: Float[Tensor, "batch d_model"]) -> StepMetrics:
+    def learn(self, batch: Float[Tensor, "batch *site d_model"]) -> StepMetrics:
         """Take one step on raw activations. Raises TrainingError when something is not finite, or the loss diverges."""
         start = time.perf_counter()
         lr = learning_rate(self.settings, self.done, self.n_steps)
-        x = batch.to(self.silent_for.device).float() * self.scale
+        x = self.scaling.apply(batch.to(self.silent_for.device).float())
         dead = self.silent_for >= self.settings.dead_after_tokens
         step = self.architecture.step(self.learner, x, dead, self.done / self.n_steps)
-        fvu = step.squared_error / float(torch.linalg.vector_norm(x - x.mean(0)) ** 2)
+        wanted = self.scaling.wanted(x)
+        fvu = step.squared_error / float(torch.linalg.vector_norm(wanted - wanted.mean(0)) ** 2)
         if not fvu <= DIVERGED:
             raise self._failure(batch, fvu)
         norm = self.learner.update(self.done, lr)
@@ -143,7 +146,7 @@ class Training:
 
     def _failure(self, batch: Tensor, fvu: float) -> TrainingError:
         """What went wrong in the step that was about to be taken."""
-        broken = (~batch.isfinite()).any(dim=1).nonzero().flatten().tolist()
+        broken = (~batch.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
         first = self.done * len(batch)
         if broken:
             what = f"row {broken[0]} of its activations holds NaN or an infinity: make the activations again"
@@ -156,20 +159,20 @@ class Training:
 
     def dictionary(self) -> Dictionary:
         """The dictionary as it is now, folded, with the threshold that goes with it."""
-        weights, scale = self.learner.weights, self.scale
-        W_enc, b_enc = self.architecture.encoder(weights)
+        weights = self.learner.weights
+        W_enc, b_enc = self.scaling.fold(*self.architecture.encoder(weights), weights)
         return Dictionary(
             W_enc=W_enc.T.clone(),
-            b_enc=(b_enc - W_enc @ weights.b_dec) / scale,
+            b_enc=b_enc,
             W_dec=weights.W_dec.clone(),
-            b_dec=weights.b_dec / scale,
+            b_dec=weights.b_dec / self.scaling.scale,
             threshold=torch.zeros_like(weights.b_enc) + self._thresholds(),
             config=self.settings.model_dump(include={"architecture", "k", "l1_coefficient"}),
         )
 
     def _thresholds(self) -> float | Float32[Tensor, " d_sae"]:
         """The thresholds as they are now, in the units of the activations."""
-        return self.architecture.thresholds(self.learner.weights) / self.scale
+        return self.architecture.thresholds(self.learner.weights) / self.scaling.scale
 
     def save(self, path: Path) -> None:
         """Write a checkpoint: complete, or the one before it stays. Raises ArtifactError when the disk is full."""
@@ -201,14 +204,13 @@ class Training:
         return self
 
 
-def _center(
-    settings: DictionarySettings, source: Source, mean: Float32[Tensor, " d_model"]
-) -> Float32[Tensor, " d_model"]:
-    """Where b_dec starts, in the units of the activations."""
+def _center(settings: DictionarySettings, source: Source, scaling: OneSite | TwoSites) -> Float32[Tensor, " d_model"]:
+    """Where b_dec starts, in the scaled units."""
     if settings.b_dec_start == "mean":
-        return mean
+        return scaling.mean
     n = max(1, min(MEDIAN_TOKENS, source.n_kept) // settings.batch_tokens)
-    return geometric_median(torch.cat([x.float() for x in source.batches(settings.batch_tokens, n, settings.seed)]))
+    batches = source.batches(settings.batch_tokens, n, settings.seed)
+    return geometric_median(torch.cat([scaling.wanted(scaling.apply(x.float())) for x in batches]))
 
 
 def together(trainings: Sequence[Training], source: Source) -> Iterator[None]:

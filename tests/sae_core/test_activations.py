@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from sae_core.activations import ActivationError, Activations, harvest, shards
+from sae_core.activations import ActivationError, Activations, Pair, harvest, shards
 from sae_core.artifacts import ArtifactError
 from sae_core.corpus import Corpus
 from sae_core.errors import MindAtlasError
@@ -313,6 +313,35 @@ def test_activations_that_are_not_stored_are_computed_again_to_the_bit(
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     batches = (Activations.open(folder).batches(100, 15, seed=2, start_step=3) for folder in (made, again))
     assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+
+
+def test_a_pair_of_sites_gives_both_activations_of_the_same_tokens(
+    made: Path, model: ModelSettings, corpus: Path, tmp_path: Path
+) -> None:
+    other = SITE.model_copy(update={"hook": "mlp_out", "sink_norm": 1.5})
+    harvest(other, model, corpus, tmp_path)
+    read, written = Activations.open(made), Activations.open(tmp_path)
+    pair = Pair(read, written)
+    sinks = torch.cat([a.is_sink | b.is_sink for a, b in zip(read.shards(), written.shards(), strict=True)])
+    assert pair.n_kept == int((~sinks).sum()) < min(read.n_kept, written.n_kept) + 1
+    assert pair.statistics().mean.shape == (2, pair.d_model)
+    a_pass = torch.cat(list(pair.batches(pair.n_kept, 1, seed=3)))
+    assert a_pass.shape == (pair.n_kept, 2, pair.d_model)
+    stored = (
+        torch.cat([shard.acts for shard in read.shards()])[~sinks],
+        torch.cat([s.acts for s in written.shards()])[~sinks],
+    )
+    assert {tuple(row.flatten().tolist()) for row in a_pass} == {
+        tuple(torch.cat(both).tolist()) for both in zip(*stored, strict=True)
+    }
+
+
+def test_a_pair_of_sites_over_other_tokens_is_refused(
+    made: Path, model: ModelSettings, corpus: Path, tmp_path: Path
+) -> None:
+    harvest(SITE.model_copy(update={"seed": 1}), model, corpus, tmp_path)
+    with pytest.raises(ActivationError, match="hold other tokens: read both sites over one corpus, with the same seed"):
+        Pair(Activations.open(made), Activations.open(tmp_path))
 
 
 def test_missing_and_damaged_shards_are_named(made: Path, tmp_path: Path) -> None:
