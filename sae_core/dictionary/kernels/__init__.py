@@ -8,17 +8,26 @@
     kth_largest    the value that ranks k-th
     remove_parallel, adam   the step that follows the gradients
 
-`plain` has each in PyTorch, for every device, and is what the others are tested against; `cpu` has them in numba.
-All sums run in an order that depends on the input alone: the same input gives the same bits, on any number of threads.
+`plain` has each in PyTorch, for every device, and is what the others are tested against; `cpu` has them in numba,
+`cuda` in Triton. All sums run in an order that depends on the input alone: the same input gives the same bits, on any
+number of threads.
 """
 
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 
 from sae_core.dictionary.kernels import cpu, plain
 
+TRITON = find_spec("triton") is not None
+"""PyTorch's wheels for CUDA bring it; where they do not (on Windows, say), `plain` serves."""
+
 
 def kernels(device: torch.device) -> ModuleType:
     """The kernels for a device."""
+    if device.type == "cuda" and TRITON:
+        from sae_core.dictionary.kernels import cuda  # only now: Triton need not be there, and takes time to import
+
+        return cuda
     return cpu if device.type == "cpu" else plain
