@@ -11,10 +11,11 @@ import torch
 from sae_core.dictionary import Dictionary
 from sae_core.dictionary.trainer import StepMetrics, Training, TrainingError, learning_rate
 from sae_core.dictionary.weights import Weights
-from sae_core.study import PENALIZED, Architecture, DictionarySettings
+from sae_core.study import Architecture, DictionarySettings
 
 ARCHITECTURES = get_args(Architecture)
 D_MODEL, N_TRUE = 64, 256
+COEFFICIENTS = {"relu": 1, "gated": 1, "jump_relu_tanh": 0.5}
 OFTEN = 0.008
 """Bound on the firing rate from which a planted feature must be found."""
 
@@ -62,7 +63,8 @@ def source() -> InMemory:
 
 
 def small(**changes: float | str) -> DictionarySettings:
-    sparsity = {"l1_coefficient": 1} if changes.get("architecture") in PENALIZED else {"k": 4}
+    architecture = changes.get("architecture")
+    sparsity = {"l1_coefficient": COEFFICIENTS[str(architecture)]} if architecture in COEFFICIENTS else {"k": 4}
     values = {"d_sae": 96, "tokens": 256 * 24, "batch_tokens": 256, "dead_after_tokens": 1000} | sparsity | changes
     return DictionarySettings.model_validate(values)
 
