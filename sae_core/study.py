@@ -15,12 +15,14 @@ from pydantic import Field, field_validator, model_serializer, model_validator
 from sae_core.names import DictionarySpec, Hook, Site, to_slug
 from sae_core.settings import Settings
 
-Architecture = Literal["batch_top_k", "top_k", "matryoshka_batch_top_k", "jump_relu", "gated", "relu", "transcoder"]
-PENALIZED = {"relu": 5.0, "gated": 1.0}
+Architecture = Literal[
+    "batch_top_k", "top_k", "matryoshka_batch_top_k", "jump_relu", "jump_relu_tanh", "gated", "relu", "transcoder"
+]
+PENALIZED = {"relu": 5.0, "gated": 1.0, "jump_relu_tanh": 5.0}
 """Architectures whose sparsity hangs on `l1_coefficient`, and its default.
 
 `relu`: Templeton et al. 2024. `gated`: SAELens's default; what SAEBench trained (0.012 to 0.08 at E|x|^2 = 1) is 0.3 to
-1.9 at a d_model of 576.
+1.9 at a d_model of 576. `jump_relu_tanh`: SAELens's documentation; Anthropic had 10 or more, on larger models.
 """
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -130,7 +132,7 @@ class DictionarySettings(Settings):
     k: int | None = Field(None, ge=1)
     """Features active on a token, on average; default 32. Of every architecture without a penalty."""
     l1_coefficient: float | None = Field(None, gt=0)
-    """Weight of the penalty on activations (lambda) of `relu` and `gated`; defaults are in `PENALIZED`."""
+    """Weight of the penalty on activations (lambda) of the architectures in `PENALIZED`, which has the defaults."""
     tokens: int = Field(2_000_000, ge=1)
     """Activations seen in training; a smaller set is read several times over, in a new order each time."""
     batch_tokens: int = Field(2048, ge=1)

@@ -4,6 +4,7 @@ from sae_core.dictionary.architecture import Architecture
 from sae_core.dictionary.batch_top_k import BatchTopK
 from sae_core.dictionary.gated import Gated
 from sae_core.dictionary.jump_relu import JumpReLU
+from sae_core.dictionary.jump_relu_tanh import JumpReLUTanh
 from sae_core.dictionary.matryoshka import MatryoshkaBatchTopK
 from sae_core.dictionary.relu import ReLU
 from sae_core.dictionary.top_k import TopK
@@ -14,7 +15,11 @@ from sae_core.study import DictionarySettings
 def architecture(settings: DictionarySettings, variance: float) -> Architecture:
     """What the settings ask for, on inputs of the given (scaled) variance."""
     if settings.l1_coefficient is not None:
-        with_penalty = {"gated": Gated, "relu": ReLU}
+        with_penalty: dict[str, type[Gated | JumpReLUTanh | ReLU]] = {
+            "jump_relu_tanh": JumpReLUTanh,
+            "gated": Gated,
+            "relu": ReLU,
+        }
         return with_penalty[settings.architecture](settings.l1_coefficient, variance)
     assert settings.k is not None, "settings see to it"
     with_k: dict[str, type[BatchTopK] | type[JumpReLU]] = {

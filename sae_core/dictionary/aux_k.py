@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 from torch.nn.functional import linear
 
-from sae_core.dictionary.sparse import BLOCK_BYTES, low_precision
+from sae_core.dictionary.sparse import low_precision, rows_of_block
 from sae_core.dictionary.weights import Learner
 
 
@@ -36,7 +36,7 @@ def add_aux_k(
     share = min(len(places) / k_aux, 1.0)
     scale = share / (residual - residual.mean(0)).square().sum().clamp(min=torch.finfo(torch.float32).tiny)
     low = _Dead(learner, places)
-    rows = max(1, BLOCK_BYTES // (len(places) * low.W_enc.element_size()))
+    rows = rows_of_block(low.W_enc)
     loss = torch.zeros((), device=residual.device)
     for block, target in zip(read.split(rows), residual.split(rows), strict=True):
         block_low = low_precision(block)

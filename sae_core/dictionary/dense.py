@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from sae_core.dictionary.architecture import Architecture, Step, b_dec_gradient
-from sae_core.dictionary.sparse import BLOCK_BYTES, low_precision
+from sae_core.dictionary.sparse import low_precision, rows_of_block
 from sae_core.dictionary.weights import Learner, Weights
 
 
@@ -80,7 +80,7 @@ class Dense(Architecture):
         n_fired = torch.zeros_like(dead, dtype=torch.int64)
         squared_error, penalties = torch.zeros((), device=x.device), torch.zeros((), device=x.device)
         error_sum = torch.zeros_like(weights.b_dec)
-        rows = max(1, BLOCK_BYTES // (len(W_dec) * W_dec.element_size()))
+        rows = rows_of_block(W_dec)
         for block in (x - weights.b_dec).split(rows):
             low = low_precision(block)
             z = linear(low, learner.W_enc_low, b_enc)

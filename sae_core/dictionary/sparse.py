@@ -18,8 +18,11 @@ from torch.nn.functional import linear
 
 from sae_core.dictionary.kernels import kernels
 
-BLOCK_BYTES = 8 << 20
-"""Most memory that a block of the encoder product takes; the batch is cut into as many blocks as that needs."""
+BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
+"""Most memory that a block of the encoder product takes, by kind of device; a batch is cut into as many as that needs.
+
+On a CPU a block stays in the cache until it was looked through; on a GPU each one waits for the one before.
+"""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,11 @@ def low_precision(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return x.to(encoder_dtype(x.device))
 
 
+def rows_of_block(weight: Float[Tensor, "d_sae d_model"]) -> int:
+    """How many rows of inputs are multiplied by the weights at a time."""
+    return max(1, BLOCK_BYTES[weight.device.type] // (len(weight) * weight.element_size()))
+
+
 def propose(
     x: Float[Tensor, "rows d_model"],
     weight: Float[Tensor, "d_sae d_model"],
@@ -89,7 +97,7 @@ def propose(
         bias: the encoder's bias less the limit to be exceeded.
         k: propose only what may be among the k largest of its row.
     """
-    rows = max(1, BLOCK_BYTES // (len(weight) * weight.element_size()))
+    rows = rows_of_block(weight)
     places = kernels(x.device).places
     counts, features = zip(*(places(linear(block, weight, bias), k) for block in x.split(rows)), strict=True)
     row = torch.arange(len(x), dtype=torch.int32, device=x.device).repeat_interleave(torch.cat(counts))

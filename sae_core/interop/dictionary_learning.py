@@ -74,7 +74,9 @@ _CLASSES = {
 _TRAINERS = {
     "relu": "StandardTrainer", "top_k": "TopKTrainer", "batch_top_k": "BatchTopKTrainer",
     "matryoshka_batch_top_k": "MatryoshkaBatchTopKTrainer", "jump_relu": "JumpReluTrainer", "gated": "GatedSAETrainer",
+    "jump_relu_tanh": "JumpReluTanhTrainer",
 }  # fmt: skip
+"""By our architecture, the class that trains such a one; theirs, but for the last, which has none there."""
 
 
 def read(folder: Path) -> Dictionary:

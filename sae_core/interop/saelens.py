@@ -53,7 +53,7 @@ _OURS = {
     "standard": "relu", "topk": "top_k", "jumprelu": "jump_relu", "gated": "gated", "batchtopk": "batch_top_k",
     "matryoshka_batchtopk": "matryoshka_batch_top_k",
 }  # fmt: skip
-_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+_THEIRS = {ours: theirs for theirs, ours in _OURS.items()} | {"jump_relu_tanh": "jumprelu"}
 _HOOKS = {
     "resid_pre": "hook_resid_pre", "resid_post": "hook_resid_post", "mlp_out": "hook_mlp_out",
     "attn_out": "hook_attn_out",
@@ -109,7 +109,7 @@ def write(dictionary: Dictionary, folder: Path, site: Site | None = None) -> Non
     config = dictionary.config
     metadata: dict[str, Any] = {
         "sae_lens_version": VERSION, "training_architecture": _THEIRS[config["architecture"]],
-        "training_architecture_details": {k: config[k] for k in ("k", "l1_coefficient") if k in config},
+        "training_architecture_details": _details(config),
     }  # fmt: skip
     if site is not None:
         hook = {"hook_name": f"blocks.{site.layer}.{_HOOKS[site.hook]}"} if site.hook in _HOOKS else {}
@@ -153,6 +153,13 @@ def _refuse_changed_input(path: Path, config: dict[str, Any]) -> None:
         raise InteropError(f"{path}: it reads the heads of an attention layer (hook_z), which no site here is")
 
 
+def _details(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the training by SAELens's names."""
+    if config["architecture"] == "jump_relu_tanh":
+        return {"jumprelu_sparsity_loss_mode": "tanh", "l0_coefficient": config.get("l1_coefficient")}
+    return {key: config[key] for key in ("k", "l1_coefficient") if key in config}
+
+
 def _trained_as(path: Path, config: dict[str, Any], metadata: dict[str, Any], d_sae: int) -> dict[str, Any]:
     """What `Dictionary.config` says of the training."""
     architecture = config["architecture"]
@@ -163,6 +170,8 @@ def _trained_as(path: Path, config: dict[str, Any], metadata: dict[str, Any], d_
         architecture = str(metadata.get("training_architecture"))
     k, penalty = details.get("k"), details.get("l1_coefficient")
     said: dict[str, Any] = {"architecture": _OURS.get(architecture, "jump_relu")}
+    if architecture == "jumprelu" and details.get("jumprelu_sparsity_loss_mode") == "tanh":
+        said["architecture"], penalty = "jump_relu_tanh", details.get("l0_coefficient")
     if isinstance(k, int | float) and k >= 1 and float(k).is_integer():  # theirs may be 32.5, which ours cannot say
         said["k"] = int(k)
     if isinstance(penalty, int | float) and said["architecture"] in PENALIZED:

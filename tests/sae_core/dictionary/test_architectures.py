@@ -9,6 +9,7 @@ import torch
 from sae_core.dictionary.architectures import architecture
 from sae_core.dictionary.gated import Gated
 from sae_core.dictionary.jump_relu import BANDWIDTH, JumpReLU
+from sae_core.dictionary.jump_relu_tanh import JumpReLUTanh
 from sae_core.dictionary.matryoshka import MatryoshkaBatchTopK
 from sae_core.dictionary.relu import ReLU
 from sae_core.dictionary.top_k import TopK
@@ -119,6 +120,29 @@ def jump_relu_loss(w: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     return squared(w, x, Jump.apply(z, w[4])) / VARIANCE + (l0 / K - 1) ** 2
 
 
+class JumpToAll(torch.autograd.Function):
+    """As Jump, with a window of 2, and z's gradient is threshold / 2 there, besides."""
+
+    @staticmethod
+    def forward(context: Any, z: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+        context.save_for_backward(z, threshold)
+        return z * (z > threshold)
+
+    @staticmethod
+    def backward(context: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        z, threshold = context.saved_tensors
+        jump = upstream * ((z - threshold).abs() < 1) * threshold / 2
+        return upstream * (z > threshold) + jump, -jump.sum(0)
+
+
+def jump_relu_tanh_loss(w: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    z = pre_acts(w, x)
+    f = JumpToAll.apply(z, w[4])
+    penalty = 0.5 * 3 * (4 * f).tanh().sum() / N  # half of the steps are done
+    lacking = 3e-6 * (w[4] - z).relu().sum() / N
+    return (squared(w, x, f) + penalty + lacking) / VARIANCE
+
+
 @pytest.mark.parametrize(
     ("trained", "loss"),
     [
@@ -127,6 +151,7 @@ def jump_relu_loss(w: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         (ReLU(3.0, VARIANCE), relu_loss),
         (Gated(3.0, VARIANCE), gated_loss),
         (JumpReLU(K, 0.0, VARIANCE), jump_relu_loss),
+        (JumpReLUTanh(3.0, VARIANCE), jump_relu_tanh_loss),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -174,10 +199,10 @@ def test_the_penalty_is_warmed_over_the_first_steps(trained: Any) -> None:
     assert torch.equal(b_enc[2], b_enc[3])
 
 
-@pytest.mark.parametrize("trained", [ReLU, Gated])
+@pytest.mark.parametrize("trained", [ReLU, Gated, JumpReLUTanh])
 def test_blocks_together_are_the_batch_at_once(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = gradients(trained(3.0, VARIANCE), NO_DEAD)
-    monkeypatch.setattr("sae_core.dictionary.dense.BLOCK_BYTES", 7 * D_SAE * 4)
+    monkeypatch.setattr("sae_core.dictionary.sparse.BLOCK_BYTES", {"cpu": 7 * D_SAE * 4})
     parts = gradients(trained(3.0, VARIANCE), NO_DEAD)
     for a, b in zip(whole.tensors(), parts.tensors(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -196,6 +221,31 @@ def test_the_dead_learn_from_the_auxiliary_loss_and_the_living_do_not(trained: A
     with_aux = gradients(trained(K, 1.0, VARIANCE), dead).W_dec
     assert torch.equal(with_aux[5:], without[5:])
     assert not torch.equal(with_aux[:5], without[:5])
+
+
+def test_silent_features_of_the_tanh_recipe_are_pulled_to_their_thresholds() -> None:
+    """Far from their thresholds nothing else moves them: by PRE_ACT / variance each input."""
+    trained = JumpReLUTanh(3.0, VARIANCE)
+    started = trained.start(weights())
+    started.b_enc.fill_(-100.0)
+    learner = Learner(started)
+    assert trained.step(learner, inputs(), NO_DEAD, progress=0.5).n_active == 0
+    torch.testing.assert_close(learner.gradients.b_enc, torch.full((D_SAE,), -3e-6 / VARIANCE), rtol=1e-4, atol=0)
+    assert learner.gradients.threshold is not None
+    torch.testing.assert_close(learner.gradients.threshold, torch.full((D_SAE,), 3e-6 / VARIANCE), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("d_sae", "wanted"), [(2048, 1024), (40_000, 10_000)])
+def test_the_tanh_recipe_starts_with_ten_thousand_active_features_or_half(d_sae: int, wanted: int) -> None:
+    started = JumpReLUTanh(5.0, 48.0).start(Weights.initial(d_sae, torch.zeros(64), 0))
+    z = normal(200, 64, seed=0) * (48 / 64) ** 0.5 @ started.W_enc.T + started.b_enc
+    assert float((z > started.threshold).sum(1).float().mean()) == pytest.approx(wanted, rel=0.05)
+
+
+def test_the_penalty_of_the_tanh_recipe_is_warmed_over_the_whole_run() -> None:
+    b_enc = [gradients(JumpReLUTanh(3.0, VARIANCE), NO_DEAD, at).b_enc for at in (0.0, 0.5, 1.0)]
+    torch.testing.assert_close(b_enc[1] - b_enc[0], (b_enc[2] - b_enc[0]) / 2)
+    assert not torch.equal(b_enc[2], b_enc[0])
 
 
 def test_jump_relu_with_every_feature_wanted_starts_at_zero() -> None:

@@ -28,7 +28,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_every_positive_place_is_proposed_once_in_row_order(
     dtype: torch.dtype, block_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sparse, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(sparse, "BLOCK_BYTES", {"cpu": block_bytes})
     x, weight, bias = normal(N, D_MODEL).to(dtype), normal(D_SAE, D_MODEL).to(dtype), normal(D_SAE).to(dtype)
     z = x.double() @ weight.double().T + bias.double()
     found = propose(x, weight, bias)

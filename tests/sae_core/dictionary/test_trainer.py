@@ -12,10 +12,12 @@ from sae_core.dictionary import Dictionary
 from sae_core.dictionary.center import geometric_median
 from sae_core.dictionary.trainer import StepMetrics, Training, TrainingError, learning_rate
 from sae_core.dictionary.weights import Weights
-from sae_core.study import PENALIZED, Architecture, DictionarySettings
+from sae_core.study import Architecture, DictionarySettings
+from sae_core.training import calibrate
 
 ARCHITECTURES = [name for name in get_args(Architecture) if name != "transcoder"]  # which reads pairs of sites
 D_MODEL, N_TRUE = 64, 256
+COEFFICIENTS = {"relu": 1, "gated": 1, "jump_relu_tanh": 0.5}
 OFTEN = 0.008
 """Bound on the firing rate from which a planted feature must be found."""
 
@@ -63,7 +65,8 @@ def source() -> InMemory:
 
 
 def small(**changes: float | str) -> DictionarySettings:
-    sparsity = {"l1_coefficient": 1} if changes.get("architecture") in PENALIZED else {"k": 4}
+    architecture = changes.get("architecture")
+    sparsity = {"l1_coefficient": COEFFICIENTS[str(architecture)]} if architecture in COEFFICIENTS else {"k": 4}
     values = {"d_sae": 96, "tokens": 256 * 24, "batch_tokens": 256, "dead_after_tokens": 1000} | sparsity | changes
     return DictionarySettings.model_validate(values)
 
@@ -147,6 +150,18 @@ def test_folding_leaves_reconstructions_unchanged(architecture: str, source: InM
     torch.testing.assert_close(dictionary.decode(dictionary.encode(x)), x_hat, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(dictionary.encode(x), f / scale, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(dictionary.W_dec.norm(dim=1), torch.ones(dictionary.d_sae))
+
+
+@pytest.mark.parametrize("architecture", ["batch_top_k", "top_k", "matryoshka_batch_top_k"])
+def test_a_saved_threshold_gives_the_trained_l0_on_unseen_activations(architecture: str, tmp_path: Path) -> None:
+    """In training ranks within the batch select k = 4 features a token; the file knows nothing but a threshold."""
+    x = planted(24_000)[0]
+    source, unseen = InMemory(x[:20_000]), x[20_000:]
+    training = Training(small(architecture=architecture, tokens=256 * 200), source)
+    trained_l0 = train(training, source)[-1].l0
+    calibrate(training.dictionary(), source.batches(256, 40, seed=0), 4).save(tmp_path)
+    l0 = len(Dictionary.load(tmp_path).encode_sparse(unseen).value) / len(unseen)
+    assert l0 == pytest.approx(trained_l0, rel=0.05)
 
 
 def test_learning_does_not_depend_on_the_units_of_the_activations(source: InMemory) -> None:

@@ -196,7 +196,7 @@ def test_the_command_line_knows_every_format() -> None:
 
 
 def test_the_dense_and_the_sparse_encoding_of_ranks_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sae_core.dictionary.sparse.BLOCK_BYTES", 20 * 5)  # small blocks
+    monkeypatch.setattr("sae_core.dictionary.sparse.BLOCK_BYTES", {"cpu": 20 * 5})  # small blocks
     ours = dictionary("top_k", ranked=True)
     x = torch.randn(33, 6, generator=torch.Generator().manual_seed(3))
     acts = ours.encode_sparse(x)

@@ -124,6 +124,12 @@ def test_an_old_topk_that_calls_itself_standard_is_no_relu(
         ("batchtopk", {"k": 32.0}, {"architecture": "batch_top_k", "k": 32}),
         ("batchtopk", {"k": 32.5}, {"architecture": "batch_top_k"}),
         ("matryoshka_batchtopk", {"k": 5}, {"architecture": "matryoshka_batch_top_k", "k": 5}),
+        (
+            "jumprelu",
+            {"jumprelu_sparsity_loss_mode": "tanh", "l0_coefficient": 4.0},
+            {"architecture": "jump_relu_tanh", "l1_coefficient": 4.0},
+        ),
+        ("jumprelu", {"jumprelu_sparsity_loss_mode": "step", "l0_coefficient": 4.0}, {"architecture": "jump_relu"}),
         ("something_new", {}, {"architecture": "jump_relu"}),
     ],
 )
@@ -133,7 +139,8 @@ def test_a_jumprelu_says_what_it_was_trained_as(
 ) -> None:  # fmt: skip
     said = {"sae_lens_version": "6.5.0", "training_architecture": trained, "training_architecture_details": details}
     dictionary = saelens.read(make(config("jumprelu", metadata=said), {n: weights[n] for n in NAMES["jumprelu"]}))
-    assert {key: dictionary.config[key] for key in ("architecture", "k") if key in dictionary.config} == expected
+    said = {key: dictionary.config[key] for key in ("architecture", "k", "l1_coefficient") if key in dictionary.config}
+    assert said == expected
 
 
 def test_sixteen_bits_become_float32_and_the_config_says_so(
