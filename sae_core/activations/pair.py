@@ -14,7 +14,9 @@ class Pair(Activations):
     def __init__(self, read: Activations, written: Activations) -> None:
         """Raises ActivationError when the sites' rows are not of the same tokens."""
         self._sites = read, written
-        super().__init__(read.folder, read.paths, lambda n: torch.stack([site.acts(n) for site in self._sites], dim=1))
+        super().__init__(
+            read.folder, read.paths, lambda n: torch.stack([site.acts(n) for site in self._sites], dim=1), read.device
+        )
         self._kept = [int((~shard.is_sink).sum()) for shard in self.shards()]
         self.n_kept = sum(self._kept)
 

@@ -17,7 +17,8 @@ from sae_core.errors import MindAtlasError
 Split = Literal["train", "held_out"]
 
 SHUFFLE_BYTES = 512 << 20
-"""Activations that `Activations.batches` holds in memory and mixes: as many shards as fit, and at least two."""
+"""Activations that `Activations.batches` holds in memory and mixes: as many shards as fit, and at least two. A GPU
+holds more, see `_shuffle_bytes`."""
 STATISTICS = "statistics.safetensors"
 RERUN = "rerun.json"
 """There when the activations themselves are not: what the model needs to compute them again."""
@@ -84,8 +85,8 @@ class Activations:
         d_model: width of an activation.
     """
 
-    def __init__(self, folder: Path, paths: list[Path], acts: Acts) -> None:
-        self.folder, self.paths, self.acts = folder, paths, acts
+    def __init__(self, folder: Path, paths: list[Path], acts: Acts, device: str = "cpu") -> None:
+        self.folder, self.paths, self.acts, self.device = folder, paths, acts, device
         totals = [Totals.read(path) for path in paths]
         self._kept = [int(t.n_kept) for t in totals]
         self._sizes = [len(_tensors(path, ("is_sink",))["is_sink"]) for path in paths]
@@ -93,7 +94,7 @@ class Activations:
 
     @classmethod
     def open(cls, folder: Path, split: Split = "train", device: str = "cpu") -> "Activations":
-        """The split's shards; `device` is where the model runs if it has to.
+        """The split's shards; `device` is where batches are put together, and where the model runs if it has to.
 
         Raises ActivationError when there are none, one is missing, or one is damaged.
         """
@@ -104,10 +105,10 @@ class Activations:
             if path.name != shard_name(split, number):
                 raise ActivationError(f"{folder} lacks {shard_name(split, number)}: run the activations stage again")
         if not (folder / RERUN).exists():
-            return cls(folder, paths, lambda number: _tensors(paths[number], ("acts",))["acts"])
+            return cls(folder, paths, lambda number: _tensors(paths[number], ("acts",))["acts"], device)
         from sae_core.activations.rerun import Rerun  # brings the model library, which reading does not need
 
-        return cls(folder, paths, Rerun(folder / RERUN, split, device).acts)
+        return cls(folder, paths, Rerun(folder / RERUN, split, device).acts, device)
 
     def statistics(self) -> Statistics:
         """Mean and mean square norm of the train split, sinks left out."""
@@ -164,24 +165,30 @@ class Activations:
     def _groups(
         self, seed: int, skip: int
     ) -> Iterator[tuple[Float[Tensor, "rows *site d_model"], Int64[Tensor, " picked"]]]:
-        """Kept rows of a few shards, and the order to take them in, without the first `skip`; one buffer for all."""
+        """Kept rows of a few shards, and the order to take them in, without the first `skip`; one buffer for all.
+
+        When all shards fit, they are read once, and stay.
+        """
         some = self.acts(0)
-        size = max(2, SHUFFLE_BYTES // (max(self._sizes) * self.d_model * some.element_size()))
-        buffer = some.new_empty(min(size * max(self._kept), self.n_kept), *some.shape[1:])
+        size = max(2, _shuffle_bytes(self.device) // (max(self._sizes) * some[0].numel() * some.element_size()))
+        buffer = some.new_empty(min(size * max(self._kept), self.n_kept), *some.shape[1:], device=self.device)
         first, skip = divmod(skip, self.n_kept)
+        inside: list[int] = []
         for epoch in itertools.count(first):
             for number, group in enumerate(permutation(len(self.paths), seed, epoch, 0).split(size)):
-                n = sum(self._kept[shard] for shard in group)
+                wanted = sorted(group.tolist())
+                n = sum(self._kept[shard] for shard in wanted)
                 if skip < n:
-                    yield self._load(group.tolist(), buffer[:n]), permutation(n, seed, epoch, 1 + number)[skip:]
+                    if wanted != inside:
+                        self._load(inside := wanted, buffer[:n])
+                    yield buffer[:n], permutation(n, seed, epoch, 1 + number)[skip:]
                 skip = max(0, skip - n)
 
-    def _load(self, group: list[int], out: Float[Tensor, "rows *site d_model"]) -> Float[Tensor, "rows *site d_model"]:
+    def _load(self, group: list[int], out: Float[Tensor, "rows *site d_model"]) -> None:
         """Copy the kept rows of the shards into `out`."""
         for shard, rows in zip(group, out.split([self._kept[shard] for shard in group]), strict=True):
             acts, *_, is_sink = self._shard(shard)
-            torch.index_select(acts, 0, (~is_sink).nonzero().squeeze(1), out=rows)
-        return out
+            rows.copy_(acts[~is_sink])
 
     def places(self, number: int) -> dict[str, Tensor]:
         """What a shard holds beside its activations, as `Shard` names it."""
@@ -208,6 +215,11 @@ class Activations:
         table = torch.full((int(block.max()) + 1, int(offset.max()) + 1), -1)
         table[block, offset] = torch.arange(len(block))
         return table
+
+
+def _shuffle_bytes(device: str) -> int:
+    """Memory for the rows that are mixed: on a GPU, half of what is free there, where they need not be copied again."""
+    return max(SHUFFLE_BYTES, torch.cuda.mem_get_info(device)[0] // 2) if device.startswith("cuda") else SHUFFLE_BYTES
 
 
 def shard_name(split: Split, number: int) -> str:

@@ -104,7 +104,7 @@ def sparse_gradients(
     groups = Groups.by(pairs.feature, d_sae)
     group_sums(centered, pairs.row, d_value, groups, gradients.W_enc)
     group_sums(upstream, upstream_row, value, groups, gradients.W_dec)
-    gradients.b_enc.copy_(sums(d_value, pairs.feature, d_sae))
+    gradients.b_enc.copy_(sums(d_value, groups))
 
 
 def b_dec_gradient(learner: Learner, of_output: Float32[Tensor, " d_model"]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from sae_core.dictionary.architecture import Architecture, Step, b_dec_gradient, candidates, sparse_gradients
 from sae_core.dictionary.aux_k import add_aux_k
 from sae_core.dictionary.folded import MARGIN
-from sae_core.dictionary.sparse import reconstruct, sums
+from sae_core.dictionary.sparse import Groups, reconstruct, sums
 from sae_core.dictionary.weights import Learner, Weights
 
 BANDWIDTH = 0.05
@@ -79,7 +79,7 @@ class JumpReLU(Architecture):
         d_active = SPARSITY * 2 * excess / (len(x) * self.k)
         sparse_gradients(learner, pairs, value, d_value * active, centered, upstream, pairs.row)
         d_threshold = -(threshold[pairs.feature] * d_value + d_active) * near / BANDWIDTH
-        self.thresholds(learner.gradients).copy_(sums(d_threshold, pairs.feature, d_sae))
+        self.thresholds(learner.gradients).copy_(sums(d_threshold, Groups.by(pairs.feature, d_sae)))
         aux = add_aux_k(learner, centered, error, dead, self.aux_coefficient)
         b_dec_gradient(learner, upstream.sum(0))
         n_fired = torch.bincount(pairs.feature[active], minlength=d_sae)

@@ -133,9 +133,9 @@ def group_sums(
     return kernels(table.device).weighted_sums(table, index[order], weight[order], starts, out)
 
 
-def sums(value: Float32[Tensor, " nnz"], feature: Int[Tensor, " nnz"], d_sae: int) -> Float32[Tensor, " d_sae"]:
-    """For each feature, the sum of its values."""
-    return torch.bincount(feature, weights=value, minlength=d_sae).float()
+def sums(value: Float32[Tensor, " nnz"], groups: Groups) -> Float32[Tensor, " groups"]:
+    """For each group, the sum of its pairs' values."""
+    return torch.segment_reduce(value[groups.order], "sum", offsets=groups.starts, initial=0.0)
 
 
 def kth_largest(values: Float32[Tensor, " n"], k: int) -> float:

@@ -56,6 +56,8 @@ def write(dictionary: Dictionary, folder: Path, format: str, site: Site | None =
         ArtifactError: the folder cannot be written to.
     """
     known = _format(format)
+    if dictionary.config["architecture"] == "transcoder":
+        raise InteropError("a transcoder is written in no other library's format: only autoencoders are")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         taken = next(folder.iterdir(), None)

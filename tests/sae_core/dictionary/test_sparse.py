@@ -56,7 +56,7 @@ def test_group_sums_are_sums_over_the_pairs_of_a_key(pairs: Pairs) -> None:
 def test_sums_are_sums_over_features(pairs: Pairs) -> None:
     value = normal(len(pairs.row))
     expected = torch.zeros(D_SAE).index_add_(0, pairs.feature, value)
-    torch.testing.assert_close(sums(value, pairs.feature, D_SAE), expected)
+    torch.testing.assert_close(sums(value, Groups.by(pairs.feature, D_SAE)), expected)
 
 
 def test_a_reconstruction_is_a_product_with_the_decoder(pairs: Pairs) -> None:
@@ -71,7 +71,7 @@ def test_nothing_active_gives_zeros() -> None:
     error, pull = reconstruct(none, torch.zeros(0), normal(D_SAE, D_MODEL), normal(N, D_MODEL, seed=4))
     assert torch.equal(error, -normal(N, D_MODEL, seed=4))
     assert not len(pull)
-    assert sums(torch.zeros(0), none.feature, D_SAE).eq(torch.zeros(D_SAE)).all()
+    assert sums(torch.zeros(0), Groups.by(none.feature, D_SAE)).eq(torch.zeros(D_SAE)).all()
 
 
 def test_of_too_few_values_none_ranks_kth() -> None:

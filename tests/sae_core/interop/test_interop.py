@@ -22,6 +22,7 @@ from sae_core.study import PENALIZED, Architecture
 
 SITE = Site("smollm2-135m-instruct", "resid_post", 15, "quickstart")
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "rank_scale")
+AUTOENCODERS = [name for name in get_args(Architecture) if name != "transcoder"]
 
 
 def dictionary(
@@ -52,10 +53,16 @@ def assert_equal(read: Dictionary, written: Dictionary, tolerance: float) -> Non
         assert read.config.get(key) == written.config.get(key), key
 
 
+def test_a_transcoder_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    with pytest.raises(InteropError, match="only autoencoders are"):
+        interop.write(dictionary("transcoder"), tmp_path / "out", "saelens")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("format_", ["saelens", "dictionary_learning"])
 @settings(max_examples=25, deadline=None)
 @given(
-    architecture=st.sampled_from(get_args(Architecture)), d_model=st.integers(1, 40), d_sae=st.integers(3, 90),
+    architecture=st.sampled_from(AUTOENCODERS), d_model=st.integers(1, 40), d_sae=st.integers(3, 90),
     seed=st.integers(0, 10**6), scale=st.floats(1e-3, 1e4),
 )  # fmt: skip
 def test_thresholds_come_back_bit_for_bit(
