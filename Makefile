@@ -4,7 +4,7 @@ VENV   ?= .venv
 RUN    := $(VENV)/bin
 TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: atlas test setup clean
+.PHONY: atlas test peers setup clean
 
 atlas: setup ## set up, then run the quickstart study end to end
 	$(RUN)/mind-atlas run quickstart
@@ -14,6 +14,13 @@ test: setup ## set up, then lint, check types and run the tests
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 	$(RUN)/pytest -n 2 --dist loadfile
+
+# None of what is compared uses torchvision, which nnsight brings; its wheel for CUDA cannot be loaded beside a CPU torch.
+peers: ## compare with the other libraries themselves, in a virtual environment of its own
+	$(MAKE) setup VENV=.venv-peers
+	.venv-peers/bin/pip install -q -c constraints.txt -e '.[peers]'
+	.venv-peers/bin/pip uninstall -q -y torchvision
+	.venv-peers/bin/pytest tests/peers
 
 setup: $(VENV)/ready
 
@@ -29,4 +36,4 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis
