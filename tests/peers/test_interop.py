@@ -63,7 +63,8 @@ def agree(mine: Dictionary, x: Tensor, acts: Tensor, norms: Tensor, x_hat: Tenso
     """Their activations, in our units, and their reconstruction are ours."""
     assert 0 < int((acts > 0).sum()) < acts.numel()
     torch.testing.assert_close(mine.encode(x), acts * norms, **CLOSE)
-    torch.testing.assert_close(mine.decode(mine.encode_sparse(x)), x_hat, **CLOSE)
+    largest = float(x_hat.abs().max())  # where many rows nearly cancel, what is left has the rounding of all of them
+    torch.testing.assert_close(mine.decode(mine.encode_sparse(x)), x_hat, rtol=1e-5, atol=1e-5 * largest)
 
 
 def ones() -> Tensor:
