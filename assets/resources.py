@@ -115,7 +115,7 @@ class Workshop(dg.ConfigurableResource):
     def others(self, context: dg.AssetExecutionContext, order: Order) -> dict[Path, DictionarySettings]:
         """The study's other dictionaries that are still to be made, by the folder where they will be.
 
-        None when the run is for one dictionary alone and not for a study.
+        There are none when the run is for one dictionary alone, and not for a study as it is.
         """
         found = {}
         for settings in order.study.dictionaries if STUDY_TAG in context.run.tags else []:

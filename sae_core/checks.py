@@ -93,6 +93,10 @@ CHECKS: dict[str, list[Check]] = {
             "ce_recovered", "Cross-entropy that the spliced dictionary keeps, against mean ablation.",
             _number("ce_recovered"), lambda wanted, order: Bounds(low=wanted.ce_recovered_min),
         ),
+        Check(
+            "expansion", "Features for each dimension: fewer than one cannot span the activations.",
+            _number("expansion"), lambda wanted, order: Bounds(low=1), warns=True,
+        ),
     ],
     "features": [
         Check(

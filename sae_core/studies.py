@@ -36,6 +36,8 @@ class Order(NamedTuple):
 
     def override(self, section: str, changes: dict[str, object]) -> "Order":
         """The same order with some settings of a section changed; names stay, fingerprints do not."""
+        if not changes:
+            return self
         old = self.settings(section)
         new = type(old).model_validate(old.model_dump() | changes)
         if section == "dictionary":

@@ -111,7 +111,8 @@ def build_dictionary(
     trained = measure(dictionary, _all_kept(source))
     held_out = measure(dictionary, _all_kept(Activations.open(activations, "held_out", device)))
     spliced = _splice(dictionary, settings, site, model, corpus, activations, device)
-    return _summary(trained, held_out, spliced) | {"threshold": float(dictionary.threshold.median())} | effort
+    shape = {"threshold": float(dictionary.threshold.median()), "expansion": dictionary.d_sae / dictionary.d_model}
+    return _summary(trained, held_out, spliced) | shape | effort
 
 
 def _read_alike(
