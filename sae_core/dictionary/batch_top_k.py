@@ -48,8 +48,8 @@ class BatchTopK(Architecture):
     ) -> Step:
         """As `Architecture.step`. Advances the running threshold."""
         centered = x - learner.weights.b_dec
-        taken, upstream = self.fit(learner, centered, centered, dead)
-        b_dec_gradient(learner, upstream.sum(0))
+        taken, of_output = self.fit(learner, centered, centered, dead)
+        b_dec_gradient(learner, of_output)
         return taken
 
     def fit(
@@ -58,8 +58,8 @@ class BatchTopK(Architecture):
         read: Float32[Tensor, "batch d_model"],
         wanted: Float32[Tensor, "batch d_model"],
         dead: Bool[Tensor, " d_sae"],
-    ) -> tuple[Step, Float32[Tensor, "batch d_model"]]:
-        """Set all gradients but b_dec's; returns what came of it, and the gradient of the output.
+    ) -> tuple[Step, Float32[Tensor, " d_model"]]:
+        """Set all gradients but b_dec's; returns what came of it, and the gradient of what is added to the output.
 
         Args:
             learner: as in `step`.
@@ -68,10 +68,10 @@ class BatchTopK(Architecture):
             dead: as in `step`.
         """
         pairs, value = self.select(learner, read)
-        error, upstream = self.learn(learner, read, wanted, pairs, value)
+        error, of_output = self.learn(learner, read, wanted, pairs, value)
         aux = add_aux_k(learner, read, error, dead, self.aux_coefficient)
         n_fired = torch.bincount(pairs.feature, minlength=len(dead))
-        return Step(float(torch.linalg.vector_norm(error) ** 2), len(value), n_fired, aux), upstream
+        return Step(float(torch.linalg.vector_norm(error) ** 2), len(value), n_fired, aux), of_output
 
     def learn(
         self,
@@ -80,13 +80,16 @@ class BatchTopK(Architecture):
         wanted: Float32[Tensor, "batch d_model"],
         pairs: Pairs,
         value: Float32[Tensor, " nnz"],
-    ) -> tuple[Float32[Tensor, "batch d_model"], Float32[Tensor, "batch d_model"]]:
-        """Set the gradients of the reconstruction loss, b_dec's aside; returns the output's error and its gradient."""
+    ) -> tuple[Float32[Tensor, "batch d_model"], Float32[Tensor, " d_model"]]:
+        """Set the gradients of the reconstruction loss, b_dec's aside.
+
+        Returns:
+            The output's error, and the gradient of what is added to every row of the output.
+        """
         error, pull = reconstruct(pairs, value, learner.weights.W_dec, wanted)
         scale = 2 / (len(wanted) * self.variance)
-        upstream = error * scale
-        sparse_gradients(learner, pairs, value, pull.mul_(scale), read, upstream, pairs.row)
-        return error, upstream
+        sparse_gradients(learner, pairs, value * scale, pull.mul_(scale), read, error, pairs.row)
+        return error, error.sum(0).mul_(scale)
 
     def select(
         self, learner: Learner, centered: Float32[Tensor, "batch d_model"]

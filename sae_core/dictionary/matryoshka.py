@@ -30,7 +30,7 @@ class MatryoshkaBatchTopK(BatchTopK):
         wanted: Float32[Tensor, "batch d_model"],
         pairs: Pairs,
         value: Float32[Tensor, " nnz"],
-    ) -> tuple[Float32[Tensor, "batch d_model"], Float32[Tensor, "batch d_model"]]:
+    ) -> tuple[Float32[Tensor, "batch d_model"], Float32[Tensor, " d_model"]]:
         """As `BatchTopK.learn`: a feature hears from every prefix that it is part of.
 
         Each row is laid out once for each prefix, and a pair belongs to the copy of the first prefix that holds its
@@ -48,4 +48,4 @@ class MatryoshkaBatchTopK(BatchTopK):
         table = upstream.flatten(0, 1)
         d_value = dots(W_dec, pairs.feature, table, copy)
         sparse_gradients(learner, pairs, value, d_value, read, table, copy)
-        return error[-1], upstream[0]
+        return error[-1], upstream[0].sum(0)

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import torch
 from jaxtyping import Bool, Float32
 from torch import Tensor
 
@@ -32,6 +31,6 @@ class Transcoder(BatchTopK):
     ) -> Step:
         """As `Architecture.step`, of pairs: what is read, and what is to be written."""
         read, written = (site.contiguous() for site in x.unbind(1))
-        taken, upstream = self.fit(learner, read, written - learner.weights.b_dec, dead)
-        torch.sum(upstream, 0, out=learner.gradients.b_dec)
+        taken, of_output = self.fit(learner, read, written - learner.weights.b_dec, dead)
+        learner.gradients.b_dec.copy_(of_output)
         return taken

@@ -15,7 +15,7 @@ from jaxtyping import Float, Float32, Int, Int32, Int64
 from torch import Tensor
 
 from sae_core.dictionary.kernels import loops
-from sae_core.dictionary.kernels.loops import LANES
+from sae_core.dictionary.kernels.loops import GROUP
 from sae_core.dictionary.kernels.plain import BETAS, EPSILON
 
 CHUNKS = 4
@@ -28,14 +28,9 @@ def places(block: Float[Tensor, "rows d_sae"], k: int | None) -> tuple[Int64[Ten
     """As `plain.places`; the k-th largest is bounded from below by the k-th largest maximum of groups of entries."""
     keys = block.view(torch.int16 if block.dtype == torch.bfloat16 else torch.int32).numpy()  # positive in both or none
     rows, d_sae = keys.shape
-    limit = np.zeros(rows, keys.dtype)
-    if k is not None and k <= d_sae // LANES:
-        maxima = np.empty((rows, d_sae // LANES), keys.dtype)
-        _spread(loops.maxima, rows, keys, maxima)
-        kth = np.partition(maxima, -k, axis=1)[:, -k].astype(np.int64)
-        limit = np.maximum(kth - NEAR[block.dtype], 0).astype(keys.dtype)
+    enough = k if k is not None and k <= d_sae // GROUP else 0
     counts, found = np.empty(rows, np.int64), np.empty(rows * d_sae, np.int32)
-    parts = _spread(loops.columns_above, rows, keys, limit, counts, found)
+    parts = _spread(loops.columns_above, rows, keys, enough, NEAR[block.dtype], counts, found)
     columns = np.concatenate([found[first * d_sae : first * d_sae + n] for first, n in parts])
     return torch.from_numpy(counts), torch.from_numpy(columns)
 

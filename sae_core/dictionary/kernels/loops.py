@@ -9,45 +9,48 @@ from typing import no_type_check
 import numba
 import numpy as np
 
-LANES = 32
-"""Entries that are looked at together: nearly all such groups hold no place."""
+GROUP = 32
+"""Entries of a row that are looked at together: nearly all such groups hold no place."""
 
 compiled = numba.njit(nogil=True, fastmath=True, error_model="numpy", cache=True)
 
 
 @compiled
 @no_type_check
-def maxima(first: int, end: int, keys: np.ndarray, maxima: np.ndarray) -> None:
-    for r in range(first, end):
-        row = keys[r]
-        for group in range(maxima.shape[1]):
-            largest = row[group * LANES]
-            for lane in range(LANES):
-                value = row[group * LANES + lane]
-                largest = value if value > largest else largest
-            maxima[r, group] = largest
-
-
-@compiled
-@no_type_check
 def columns_above(
-    first: int, end: int, keys: np.ndarray, limit: np.ndarray, counts: np.ndarray, found: np.ndarray
+    first: int, end: int, keys: np.ndarray, k: int, near: int, counts: np.ndarray, found: np.ndarray
 ) -> int:
-    """Columns of the entries above their row's limit, written to this part's own stretch of `found`, without gaps."""
+    """Columns of the entries above their row's limit, written to this part's own stretch of `found`, without gaps.
+
+    Entries `width` apart form a group, so that the maxima of all groups are found together, lane by lane; nearly all
+    groups hold no entry above the limit and are not looked at again. The limit is 0, or with `k` the k-th largest
+    maximum, which the k-th largest entry cannot be below, less `near`.
+    """
     d_sae = keys.shape[1]
-    whole = d_sae // LANES * LANES
+    width = d_sae // GROUP
+    step = max(width, 1)
+    maxima, hits = np.empty(width, keys.dtype), np.empty(width, np.int32)
     start = at = first * d_sae
     for r in range(first, end):
-        row, least, before = keys[r], limit[r], at
-        for group in range(0, whole, LANES):
-            hit = False
-            for lane in range(LANES):
-                hit |= row[group + lane] > least
-            if hit:
-                for column in range(group, group + LANES):  # written always, kept where above: no branch to mispredict
-                    found[at] = column
-                    at += row[column] > least
-        for column in range(whole, d_sae):
+        row, before, least = keys[r], at, keys.dtype.type(0)
+        for group in range(width):
+            maxima[group] = row[group]
+        for base in range(step, GROUP * width, step):
+            part = row[base : base + width]  # indexed from 0, or the loop would not become vector instructions
+            for group in range(width):
+                maxima[group] = part[group] if part[group] > maxima[group] else maxima[group]
+        if k:
+            least = keys.dtype.type(max(0, np.int64(np.partition(maxima, width - k)[width - k]) - near))
+        n_hits = 0
+        for group in range(width):
+            hits[n_hits] = group  # written always, kept where above: no branch to mispredict
+            n_hits += maxima[group] > least
+        for base in range(0, GROUP * width, step):
+            for hit in range(n_hits):
+                column = base + hits[hit]
+                found[at] = column
+                at += row[column] > least
+        for column in range(GROUP * width, d_sae):
             found[at] = column
             at += row[column] > least
         counts[r] = at - before
