@@ -1,5 +1,7 @@
 """BatchTopK (Bussmann et al. 2024): the k * batch largest activations of a batch, wherever they fall."""
 
+import math
+
 import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
@@ -32,6 +34,16 @@ class BatchTopK(Architecture):
     def __init__(self, k: int, aux_coefficient: float, variance: float) -> None:
         self.k, self.aux_coefficient, self.variance = k, aux_coefficient, variance
         self._smallest = torch.zeros(2, dtype=torch.float64)  # decayed sum, and the decayed count it is over
+
+    def start(self, weights: Weights) -> Weights:
+        """Weights whose first reconstructions have the right length (Gao et al. 2024 scale the encoder to that end).
+
+        The k largest of d_sae random directions each meet an input of norm sqrt(d_model) with about z^2 =
+        2 ln(d_sae / k); their sum is too long by 1 + k z^2 / d_model, in the sense of least squares.
+        """
+        d_sae, d_model = weights.W_enc.shape
+        weights.W_enc.div_(1 + 2 * self.k * math.log(d_sae / self.k) / d_model)
+        return weights
 
     @property
     def threshold(self) -> float:

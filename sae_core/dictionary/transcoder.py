@@ -24,7 +24,7 @@ class Transcoder(BatchTopK):
 
     def start(self, weights: Weights) -> Weights:
         """Weights whose encoder is the decoder in another order: random rows of unit norm, as independent of it."""
-        return replace(weights, W_enc=weights.W_dec.roll(1, dims=0))
+        return super().start(replace(weights, W_enc=weights.W_dec.roll(1, dims=0)))
 
     def step(
         self, learner: Learner, x: Float32[Tensor, "batch 2 d_model"], dead: Bool[Tensor, " d_sae"], progress: float

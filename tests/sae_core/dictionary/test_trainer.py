@@ -185,7 +185,7 @@ def test_metrics_count_what_they_say(source: InMemory) -> None:
 def test_dead_features_are_revived_by_the_auxiliary_loss(source: InMemory) -> None:
     def final_dead(aux_coefficient: float) -> float:
         training = Training(small(tokens=256 * 80, lr=2e-3, aux_coefficient=aux_coefficient), source)
-        training.learner.weights.b_enc[:40] = -4.0  # forty features that never come first
+        training.learner.weights.b_enc[:40] = -3.0  # forty features that never come first
         metrics = train(training, source)
         assert [m.dead for m in metrics[:4]] == [0] * 4  # nobody can have been silent for 1000 tokens yet
         assert metrics[4].dead > 0.3
