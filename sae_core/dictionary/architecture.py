@@ -97,7 +97,7 @@ def sparse_gradients(
         value: their activations.
         d_value: the gradients of these.
         centered: the encoder's input.
-        upstream: gradients of what the decoder's output is added to.
+        upstream: gradients of what the decoder's output is added to; a common factor may be in `value` in their stead.
         upstream_row: which row of it each pair adds to.
     """
     gradients, d_sae = learner.gradients, len(learner.weights.b_enc)
