@@ -5,9 +5,10 @@
     python benchmarks/training.py --architecture top_k --only ours --device cuda --batch 8192
 
 Every library takes the same steps of Adam on the same planted activations (sparse sums of random directions), at the
-same learning rate, each in a process of its own. Times are medians over the steps after warm-up; FVU is that of
-activations that none has seen, after all steps; memory is the peak above what was in use before the first step. The
-other libraries are the extra `peers`; one that is not installed is named.
+same learning rate, each in a process of its own. They take turns, round after round, so that a machine whose speed
+wanders is the same to all: a ratio is the median over the rounds of what each round's median steps say, with the least
+and the largest. FVU is that of activations that none has seen, after all steps; memory is the peak above what was in
+use before the first step. The other libraries are the extra `peers`; one that is not installed is named.
 """
 
 import argparse
@@ -16,9 +17,11 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line has it
 os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1" if "cuda" not in sys.argv else "0")
@@ -29,6 +32,7 @@ from torch.nn.functional import embedding_bag, linear, normalize
 
 WARM_UP, HELD_OUT = 5, 4
 """Steps that are not timed, and batches on which FVU is measured."""
+ROUNDS = 5
 
 
 class Planted:
@@ -169,25 +173,32 @@ def keep(z: Tensor, given: argparse.Namespace) -> Tensor:
     return z * (z >= z.flatten().kthvalue(z.numel() - given.k * len(z) + 1).values)
 
 
-def measure(given: argparse.Namespace) -> dict[str, float]:
-    """One library, in this process: seconds a step, FVU, memory."""
+def work(given: argparse.Namespace) -> None:
+    """One library, in this process: takes as many steps as each line of input says, until there are no more lines.
+
+    Prints the seconds of each step, and at the end FVU and memory.
+    """
+    answers, sys.stdout = sys.stdout, sys.stderr  # libraries print what they like
     lr = 1e-3 / (given.d_sae / 2**14) ** 0.5
     source = Planted(given.d_model, (given.steps + HELD_OUT) * given.batch, given.device)
-    step, reconstruct = LIBRARIES[given.only](given, source, lr)
-    before, seconds = forget_peak(given.device), []
-    *batches, _, _, _, _ = source.x.split(given.batch)
-    for x in batches:
-        start = time.perf_counter()
-        step(x)
-        synchronize(given.device)
-        seconds.append(time.perf_counter() - start)
+    step, reconstruct = LIBRARIES[given.worker](given, source, lr)
+    before, batches = forget_peak(given.device), iter(source.x.split(given.batch))
+    print(json.dumps("ready"), file=answers, flush=True)
+    for line in sys.stdin:
+        seconds = []
+        for _ in range(int(line)):
+            x, start = next(batches), time.perf_counter()
+            step(x)
+            synchronize(given.device)
+            seconds.append(time.perf_counter() - start)
+        print(json.dumps(seconds), file=answers, flush=True)
     peak = peak_memory(given.device) - before
     errors, x = [], source.x[given.steps * given.batch :]
     with torch.no_grad():
         for part in x.split(given.batch):
             errors.append(float((reconstruct(part) - part).square().sum()))
     fvu = sum(errors) / float((x - x.mean(0)).square().sum())
-    return {"seconds": statistics.median(seconds[WARM_UP:]), "fvu": fvu, "memory": peak}
+    print(json.dumps({"fvu": fvu, "memory": peak}), file=answers)
 
 
 def forget_peak(device: str) -> float:
@@ -224,49 +235,92 @@ def seconds_of(run: Callable[[], object], device: str, repeats: int = 15) -> flo
     return statistics.median(times[WARM_UP:])
 
 
-def limits(given: argparse.Namespace) -> tuple[float, float]:
-    """Seconds of the encoder product alone, and what it would take at the machine's best product of squares."""
-    device, low = given.device, torch.bfloat16
-    x, weight = torch.randn(given.batch, given.d_model), torch.randn(given.d_sae, given.d_model)
-    x, weight = x.to(device, low), weight.to(device, low)
-    product = seconds_of(lambda: linear(x, weight), device)
-    side = 2048 if device == "cpu" else 8192
-    square = torch.randn(side, side).to(device, low)
-    flops = 2 * side**3 / seconds_of(lambda: square @ square, device)
-    return product, 2 * given.batch * given.d_model * given.d_sae / flops
+class Limits:
+    """The encoder product alone, and the machine's best product of squares."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.device, low = given.device, torch.bfloat16
+        self.x = torch.randn(given.batch, given.d_model).to(self.device, low)
+        self.weight = torch.randn(given.d_sae, given.d_model).to(self.device, low)
+        self.square = torch.randn(side := 2048 if self.device == "cpu" else 8192, side).to(self.device, low)
+
+    def seconds(self) -> tuple[float, float]:
+        """Seconds of the encoder product, and what it would take at the peak."""
+        product = seconds_of(lambda: linear(self.x, self.weight), self.device)
+        peak = 2 * len(self.square) ** 3 / seconds_of(lambda: self.square @ self.square, self.device)
+        return product, 2 * len(self.x) * self.weight.numel() / peak
+
+
+class Worker:
+    """A library in a process of its own, which works only when it is asked to."""
+
+    def __init__(self, given: argparse.Namespace, name: str) -> None:
+        options = ["--worker", name, "--size", f"{given.d_model}x{given.d_sae}", "--architecture", given.architecture]
+        for key in ("k", "batch", "steps", "device"):
+            options += [f"--{key}", str(getattr(given, key))]
+        self.name, self.log = name, tempfile.TemporaryFile("w+")  # noqa: SIM115  (it goes with the worker)
+        command = [sys.executable, __file__, *options]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
+        )
+        self.seconds: list[list[float]] = []
+        self.works = self.answer() == "ready"
+
+    def answer(self) -> Any:
+        """The next line it prints; None when it has ended."""
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else None
+
+    def take(self, steps: int) -> None:
+        """Let it take a round of steps."""
+        if self.works:
+            print(steps, file=self.process.stdin, flush=True)
+            self.seconds.append(self.answer())
+
+    def finish(self) -> dict[str, float] | str:
+        """What it found, or why it found nothing."""
+        self.process.stdin.close()
+        found = self.answer()
+        if self.process.wait() == 0:
+            return found
+        self.log.seek(0)
+        return f"not measured: {self.log.read().strip().splitlines()[-1]}"
 
 
 def compare(given: argparse.Namespace) -> None:
     """Print one size's table."""
-    product, at_peak = limits(given)
+    workers = [Worker(given, name) for name in given.only or LIBRARIES]
+    limits, bounds = Limits(given), []
+    first, later = given.steps - (ROUNDS - 1) * (given.steps // ROUNDS), given.steps // ROUNDS
+    for steps in [first] + (ROUNDS - 1) * [later]:
+        for worker in workers:
+            worker.take(steps)
+        bounds.append(limits.seconds())
+    product, at_peak = (statistics.median(seconds) for seconds in zip(*bounds, strict=True))
+    flops = 2 * given.d_model * given.d_sae * given.batch / at_peak / 1e9
     print(f"\nd_model {given.d_model}, d_sae {given.d_sae}, k {given.k}, batch {given.batch}, {given.architecture}")
-    print(f"the encoder product alone: {given.batch / product:,.0f} tokens/s; at the peak of squares it would be")
-    print(
-        f"{given.batch / at_peak:,.0f} ({2 * given.d_model * given.d_sae * given.batch / at_peak / 1e9:,.0f} GFLOP/s)"
-    )
-    print("library              tokens/s  ours is     FVU  memory GB")
-    first = None
-    for name in LIBRARIES:
-        found = in_its_own_process(given, name)
+    print(f"the encoder product alone: {given.batch / product:,.0f} tokens/s; at the peak of squares ({flops:,.0f}")
+    print(f"GFLOP/s) it would be {given.batch / at_peak:,.0f}")
+    print("library              tokens/s  ours is (rounds)          FVU  memory GB")
+    own = [statistics.median(seconds) for seconds in timed(workers[0])]
+    for worker in workers:
+        found = worker.finish()
         if isinstance(found, str):
-            print(f"{name:<20} {found}")
+            print(f"{worker.name:<20} {found}")
             continue
-        first = first or found
-        speed, ratio = given.batch / found["seconds"], found["seconds"] / first["seconds"]
-        print(f"{name:<20} {speed:8,.0f} {ratio:7.1f}x {found['fvu']:7.4f} {found['memory']:10.2f}")
-    if first:
-        shares = (seconds / first["seconds"] for seconds in (product, at_peak))
+        times = [statistics.median(seconds) for seconds in timed(worker)]
+        ratios = sorted(time / ours for time, ours in zip(times, own, strict=True))
+        spread = f"{statistics.median(ratios):5.1f}x ({ratios[0]:.1f} to {ratios[-1]:.1f})"
+        speed = given.batch / statistics.median(times)
+        print(f"{worker.name:<20} {speed:8,.0f} {spread:<22} {found['fvu']:7.4f} {found['memory']:10.2f}")
+    if own:
+        shares = (seconds / statistics.median(own) for seconds in (product, at_peak))
         print("the product is {:.0%} of our step; at the peak it would be {:.0%}".format(*shares))
 
 
-def in_its_own_process(given: argparse.Namespace, name: str) -> dict[str, float] | str:
-    """What `measure` finds, or why it finds nothing."""
-    options = ["--only", name, "--size", f"{given.d_model}x{given.d_sae}", "--architecture", given.architecture]
-    for key in ("k", "batch", "steps", "device"):
-        options += [f"--{key}", str(getattr(given, key))]
-    run = subprocess.run([sys.executable, __file__, *options, "--json"], capture_output=True, text=True, check=False)
-    lines = (run.stdout if run.returncode == 0 else run.stderr).strip().splitlines()
-    return json.loads(lines[-1]) if run.returncode == 0 else f"not measured: {lines[-1]}"
+def timed(worker: Worker) -> list[list[float]]:
+    """The seconds of the steps that count, round by round."""
+    return [worker.seconds[0][WARM_UP:], *worker.seconds[1:]] if worker.seconds else []
 
 
 def main() -> None:
@@ -274,18 +328,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", action="append", metavar="D_MODELxD_SAE")
     parser.add_argument("--architecture", default="top_k", choices=["top_k", "batch_top_k"])
-    parser.add_argument("--only", choices=list(LIBRARIES), help="one library, in this process")
+    parser.add_argument("--only", action="append", choices=list(LIBRARIES), help="only these libraries")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--json", action="store_true", help="with --only: numbers for machines")
+    parser.add_argument("--worker", choices=list(LIBRARIES), help=argparse.SUPPRESS)
     for name, default in (("k", 32), ("batch", 2048), ("steps", 40)):
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
-    if not given.json:
+    if not given.worker:
         print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {given.device}, {given.steps} steps")
     for size in given.size or ["576x8192", "768x24576"]:
         given.d_model, given.d_sae = map(int, size.split("x"))
-        if given.only:
-            print(json.dumps(measure(given)))
+        if given.worker:
+            work(given)
         else:
             compare(given)
 

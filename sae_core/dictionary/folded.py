@@ -22,7 +22,6 @@ from sae_core.dictionary.sparse import (
     SparseActs,
     dots,
     group_sums,
-    largest_of_rows,
     low_precision,
     propose,
 )
@@ -132,7 +131,7 @@ class Dictionary:
         k, bias = self.config["k"], low_precision((self.b_enc + self._slack(x)) * rank_scale)
         pairs = propose(low_precision(x), self._low_by_rank, bias, k)
         z = self._exact(x, pairs)
-        largest = largest_of_rows(pairs.row, z * rank_scale[pairs.feature], len(x), k)
+        largest = pairs.largest(z * rank_scale[pairs.feature], len(x), k)
         return pairs.at(largest), z[largest]
 
     def candidates(

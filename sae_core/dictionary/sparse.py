@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Float32, Int, Int32, Int64
+from jaxtyping import Float, Float32, Int, Int32, Int64
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -51,6 +51,10 @@ class Pairs(NamedTuple):
         """Where each row's pairs start, with the end at the end."""
         ends = torch.arange(n_rows + 1, dtype=self.row.dtype, device=self.row.device)
         return torch.searchsorted(self.row, ends)
+
+    def largest(self, z: Float32[Tensor, " nnz"], n_rows: int, k: int) -> Int64[Tensor, " kept"]:
+        """Places, in order, of the positive values among the k largest of their row."""
+        return kernels(z.device).largest_of_rows(z, self.starts(n_rows), k)
 
 
 class Groups(NamedTuple):
@@ -141,18 +145,3 @@ def sums(value: Float32[Tensor, " nnz"], groups: Groups) -> Float32[Tensor, " gr
 def kth_largest(values: Float32[Tensor, " n"], k: int) -> float:
     """The value that ranks k-th from above; minus infinity when there are fewer."""
     return kernels(values.device).kth_largest(values, k) if len(values) >= k else -torch.inf
-
-
-def largest_of_rows(
-    row: Int32[Tensor, " nnz"], z: Float32[Tensor, " nnz"], n_rows: int, k: int
-) -> Bool[Tensor, " nnz"]:
-    """Which values are among the k largest of their row; `row` is sorted."""
-    counts = torch.bincount(row, minlength=n_rows)
-    width = int(counts.max()) if n_rows else 0
-    if width <= k:
-        return torch.ones_like(z, dtype=torch.bool)
-    column = torch.arange(len(z), device=z.device) - (counts.cumsum(0) - counts)[row]
-    place = row * width + column
-    table = z.new_full((n_rows * width,), -torch.inf).index_put_((place,), z).view(n_rows, width)
-    top = table.topk(k, dim=1).indices
-    return torch.zeros_like(table, dtype=torch.bool).scatter_(1, top, True).view(-1)[place]

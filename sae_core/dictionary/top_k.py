@@ -5,7 +5,7 @@ from torch import Tensor
 
 from sae_core.dictionary.architecture import candidates
 from sae_core.dictionary.batch_top_k import BatchTopK
-from sae_core.dictionary.sparse import Pairs, kth_largest, largest_of_rows
+from sae_core.dictionary.sparse import Pairs, kth_largest
 from sae_core.dictionary.weights import Learner
 
 
@@ -24,5 +24,5 @@ class TopK(BatchTopK):
         """The selected pairs, and their activations in float32, in which ranks are decided."""
         pairs, z = candidates(learner, centered, k=self.k)
         self.remember(max(0.0, kth_largest(z, self.k * len(centered))))
-        where = (largest_of_rows(pairs.row, z, len(centered), self.k) & (z > 0)).nonzero().squeeze(1)
+        where = pairs.largest(z, len(centered), self.k)
         return pairs.at(where), z[where]

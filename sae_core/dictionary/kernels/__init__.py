@@ -6,6 +6,7 @@
     weighted_sums  sum of weight * table[index] over each bag
     reconstruct    what a sparse reconstruction gets wrong, and how much each of its entries is to blame
     kth_largest    the value that ranks k-th
+    largest_of_rows  where the k largest of each row are
     remove_parallel, adam   the step that follows the gradients
 
 `plain` has each in PyTorch, for every device, and is what the others are tested against; `cpu` has them in numba,

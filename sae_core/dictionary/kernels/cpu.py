@@ -20,8 +20,8 @@ from sae_core.dictionary.kernels.plain import BETAS, EPSILON
 
 CHUNKS = 4
 """Parts of the work for each thread, so that one with longer rows does not keep the others waiting."""
-NEAR = {torch.bfloat16: 12, torch.float32: 12 << 16}
-"""A float's bits, read as an integer, less this, are 5 to 9% less of it: many times bfloat16's error."""
+NEAR = {torch.bfloat16: 6, torch.float32: 6 << 16}
+"""A float's bits, read as an integer, less this, are 2 to 5% less of it: many times bfloat16's error."""
 
 
 def places(block: Float[Tensor, "rows d_sae"], k: int | None) -> tuple[Int64[Tensor, " rows"], Int32[Tensor, " found"]]:
@@ -75,6 +75,15 @@ def reconstruct(
     arrays = (tensor.numpy() for tensor in (W_dec, feature, value, starts, target))
     _spread(loops.reconstruct, len(error), *arrays, error, pull)
     return torch.from_numpy(error), torch.from_numpy(pull)
+
+
+def largest_of_rows(
+    z: Float32[Tensor, " nnz"], starts: Int64[Tensor, " rows_and_one"], k: int
+) -> Int64[Tensor, " kept"]:
+    """As `plain.largest_of_rows`; of equal values at the end the first ones are taken."""
+    found = np.empty(len(z), np.int64)
+    parts = _spread(loops.largest_of_rows, len(starts) - 1, z.numpy(), starts.numpy(), k, found)
+    return torch.from_numpy(np.concatenate([found[starts[first] : starts[first] + n] for first, n in parts]))
 
 
 def kth_largest(values: Float32[Tensor, " n"], k: int) -> float:

@@ -107,7 +107,7 @@ def _adam(
     tl.store(weight + at, w, inside)
 
 
-places = plain.places
+places, largest_of_rows = plain.places, plain.largest_of_rows
 """PyTorch's own: `topk` selects by radix, and how many places there are has to come back from the GPU either way."""
 
 

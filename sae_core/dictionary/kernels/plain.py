@@ -68,6 +68,25 @@ def reconstruct(
     return error, dots(W_dec, feature.long(), error, row)
 
 
+def largest_of_rows(
+    z: Float32[Tensor, " nnz"], starts: Int64[Tensor, " rows_and_one"], k: int
+) -> Int64[Tensor, " kept"]:
+    """Places, in order, of the positive values that are among the k largest of their row.
+
+    Args:
+        z: values, row after row.
+        starts: where each row starts, with the end at the end.
+        k: of equal values at the end, any are taken.
+    """
+    counts = starts.diff()
+    row = torch.arange(len(counts), device=z.device).repeat_interleave(counts)
+    width = max(int(counts.max()), k) if len(counts) else k
+    place = row * width + torch.arange(len(z), device=z.device) - starts[row]
+    table = z.new_full((len(counts) * width,), -torch.inf).index_put_((place,), z).view(-1, width)
+    largest = torch.zeros_like(table, dtype=torch.bool).scatter_(1, table.topk(k, dim=1).indices, True)
+    return (largest.view(-1)[place] & (z > 0)).nonzero().squeeze(1)
+
+
 def kth_largest(values: Float32[Tensor, " n"], k: int) -> float:
     """The value that ranks k-th from above, counted from 1."""
     return float(values.kthvalue(len(values) - k + 1).values)

@@ -92,6 +92,27 @@ def test_most_entries_of_a_wide_row_are_no_places_near_the_k_largest(kernels: Mo
     assert counts.max() < 64
 
 
+@pytest.mark.parametrize("k", [1, 3, 50])
+def test_largest_of_rows_are_the_places_of_the_k_largest_positive_values(kernels: ModuleType, k: int) -> None:
+    z, ends = normal(60), [0, 0, 1, 20, 21, 60]  # an empty row, rows of one, and two long ones
+    places = kernels.largest_of_rows(z, torch.tensor(ends), k)
+    wanted = [
+        place
+        for first, end in itertools.pairwise(ends)
+        for place in sorted(sorted(range(first, end), key=lambda n: -z[n].item())[:k])
+        if z[place] > 0
+    ]
+    assert places.tolist() == wanted
+    assert kernels.largest_of_rows(z[:0], torch.tensor([0]), k).tolist() == []
+
+
+def test_of_equal_values_no_more_than_k_are_the_largest_of_a_row(kernels: ModuleType) -> None:
+    z = torch.tensor([2.0, 1.0, 1.0, 3.0, 1.0, 0.0, 0.0, 0.0])
+    places = kernels.largest_of_rows(z, torch.tensor([0, 5, 8]), 3).tolist()
+    assert len(places) == 3
+    assert {0, 3} < set(places) < {0, 1, 2, 3, 4}
+
+
 @settings(deadline=None, max_examples=30)
 @given(key=st.lists(st.integers(0, 9), max_size=40))
 def test_an_order_by_key_is_stable_and_says_where_each_key_starts(kernels: ModuleType, key: list[int]) -> None:
