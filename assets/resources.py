@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, create_model
 
 from assets.checks import result
 from assets.partitions import STUDIES
-from sae_core.artifacts import ArtifactStore, Draft, Made, home
+from sae_core.artifacts import ArtifactError, ArtifactStore, Draft, Made, home
 from sae_core.checks import verdicts
 from sae_core.errors import MindAtlasError
 from sae_core.progress import Report
@@ -58,11 +58,26 @@ class Workshop(dg.ConfigurableResource):
     device: str = Field(
         default="auto", description="`cpu`, `cuda`, `cuda:1`; `auto` takes a CUDA device when there is one."
     )
+    api_key: str = Field(
+        default="", description="The label writer's key, as an EnvVar. Empty: OPENAI_API_KEY. It is kept nowhere."
+    )
 
     @property
     def store(self) -> ArtifactStore:
         """The store that all stages read and write."""
         return ArtifactStore(Path(self.root) if self.root else home())
+
+    def finished(self, draft: Draft) -> Path:
+        """Folder of the artifact that a part is to be made again of.
+
+        Raises:
+            ArtifactError: there is none, or it was made otherwise than the study has it now.
+        """
+        status = self.store.status(draft.recipe)
+        if status.state != "made" or self.store.draft_folder(draft.recipe):  # the latter: its parents changed since
+            why = status.why or "what it is made from changed"
+            raise ArtifactError(f"{draft.recipe.key} is not up to date ({why}): run `mind-atlas run` first")
+        return self.store.get(draft.recipe.stage, draft.recipe.slug).folder
 
     def torch_device(self) -> str:
         """The device to compute on."""
@@ -88,22 +103,23 @@ class Workshop(dg.ConfigurableResource):
             describe: metadata beyond the summary's numbers: tables and pictures.
 
         Raises:
-            dagster.Failure: with one line that a user can act on; it is not tried again.
+            dagster.Failure: with one line that a user can act on; tried again only where nothing is to be mended.
         """
         from sae_core.atlas import write_views  # brings DuckDB, which only a running step needs
 
         stage, slug = context.asset_key.path[-1], context.partition_key
-        changes = {k: v for k, v in config.model_dump().items() if v is not None and k != "again"}
+        asked = config.model_dump()
+        again = bool(asked.pop("again") or asked.pop("only", None))  # a part is made again by copying the rest
+        changes = {k: v for k, v in asked.items() if v is not None}
         report = _reporter(context, stage)
         try:
             order = STUDIES.order(slug, context.run.tags.get(STUDY_TAG)).override(section, changes)
-            again = bool(config.model_dump()["again"])
             recipe = order.recipe(stage, slug)
             made = self.store.make(recipe, lambda draft: self._alone(build, order, draft, report), again=again)
         except ValidationError as error:
             raise dg.Failure(f"{section}: {explain(error)}", allow_retries=False) from error
         except MindAtlasError as error:
-            raise dg.Failure(str(error), allow_retries=False) from error
+            raise dg.Failure(str(error), allow_retries=error.passing) from error
         write_views(self.store)
         context.log.info(f"{stage} {slug}: {'cached' if made.cached else f'made in {made.manifest.seconds:.0f} s'}")
         return dg.MaterializeResult(

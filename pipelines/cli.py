@@ -100,10 +100,7 @@ def chosen(command: Command) -> Command:
 def run(debug: bool, study: str, device: str, until: str, json_: bool) -> None:
     """Make everything STUDY asks for that is missing or stale: a shipped study's name, or the path of a study file."""
     name = _register(study)
-    os.environ.setdefault("DAGSTER_HOME", str(PROJECT))
-    if Path(os.environ["DAGSTER_HOME"]) == PROJECT:
-        os.chdir(PROJECT)  # dagster.yaml's paths are seen from the project's folder
-
+    _settle()
     import dagster as dg
 
     from assets.partitions import STUDIES
@@ -120,6 +117,47 @@ def run(debug: bool, study: str, device: str, until: str, json_: bool) -> None:
             err.print(f"{recipe.stage:<12} {recipe.slug}: {was}", markup=False)
     if until == "labels":
         show(summarize(wanted, workshop.store), json_)
+
+
+@cli.command()
+@click.option("--feature", "numbers", multiple=True, type=int, metavar="N", help="May be given several times.")
+@click.option("--dry-run", is_flag=True, help="Say what it would take in requests, tokens and dollars, and stop.")
+@chosen
+@as_json
+@click.pass_obj
+def label(
+    debug: bool, numbers: tuple[int, ...], dry_run: bool, study: str, dictionary: str, json_: bool
+) -> None:  # fmt: skip
+    """Label single features with their study's label writer; all other labels stay as they are.
+
+    With --dry-run and no --feature, the estimate is for all the features that the study has labeled.
+    """
+    if not numbers and not dry_run:
+        raise click.UsageError("say which: --feature N; or --dry-run for what all the study's labels would cost")
+    atlas = _atlas(study, dictionary)
+    from assets.partitions import STUDIES
+    from pipelines.summary import show_estimate, show_labels
+
+    order = STUDIES.order(atlas.dictionary, _register(study) if study else None)
+    if dry_run:
+        from sae_core.labels.estimate import estimate_labels
+
+        folder = atlas.store.get("features", atlas.dictionary).folder
+        show_estimate(order.study.labels, estimate_labels(order.study.labels, folder, numbers), json_)
+        return
+    _settle()
+    import dagster as dg
+
+    from assets.resources import Workshop
+    from pipelines.console import progress
+    from pipelines.run import materialize
+    from sae_core.labels import Labels
+
+    level, workshop = "DEBUG" if debug else "CRITICAL", Workshop()
+    with dg.DagsterInstance.get() as instance, progress():
+        materialize("labels", atlas.dictionary, order.study, workshop, instance, level, only=list(numbers))
+    labels = Labels.open(atlas.store.get("labels", atlas.dictionary).folder)
+    show_labels([labels.label(number) for number in dict.fromkeys(numbers)], json_)
 
 
 @cli.command()
@@ -273,6 +311,13 @@ def ui(host: str, port: int) -> None:
     os.chdir(PROJECT)
     program = str(Path(sys.executable).with_name("dagster"))
     os.execv(program, [program, "dev", "-m", "pipelines.definitions", "-h", host, "-p", str(port)])
+
+
+def _settle() -> None:
+    """Where Dagster keeps its runs: DAGSTER_HOME, or the project's folder."""
+    os.environ.setdefault("DAGSTER_HOME", str(PROJECT))
+    if Path(os.environ["DAGSTER_HOME"]) == PROJECT:
+        os.chdir(PROJECT)  # dagster.yaml's paths are seen from the project's folder
 
 
 def _register(study: str) -> str:

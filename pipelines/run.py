@@ -1,7 +1,7 @@
 """Bringing a study up to date, through Dagster: the one way the command line, a job and a schedule all use."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import dagster as dg
 
@@ -62,17 +62,27 @@ def bring_up_to_date(
     Raises:
         Exception: what the failing stage raised; what was made before stays.
     """
-    defs = dg.Definitions(assets=ASSETS, jobs=STAGE_JOBS, resources={"workshop": workshop})
-    stage_job = {"corpus": "make_corpus", "activations": "make_activations"}
     wanted = list(VERSIONS)[: list(VERSIONS).index(until) + 1]
     for recipe in (recipe for recipe in recipes(study) if recipe.stage in wanted):
         step = Step(recipe, workshop.store.status(recipe))
         if step.status.state != "made":
-            defs.resolve_job_def(stage_job.get(recipe.stage, "make_dictionary")).execute_in_process(
-                partition_key=recipe.slug,
-                asset_selection=[dg.AssetKey(recipe.stage)],
-                instance=instance,
-                run_config={"loggers": {"console": {"config": {"log_level": log_level}}}},
-                tags={STUDY_TAG: study.name},
-            )
+            materialize(recipe.stage, recipe.slug, study, workshop, instance, log_level)
         yield step
+
+
+def materialize(
+    stage: str, slug: str, study: Study, workshop: Workshop, instance: dg.DagsterInstance, log_level: str,
+    **config: Any,
+) -> None:  # fmt: skip
+    """One stage of a study, as one Dagster run; `config` is its run config. Raises what the stage raises."""
+    defs = dg.Definitions(assets=ASSETS, jobs=STAGE_JOBS, resources={"workshop": workshop})
+    stage_job = {"corpus": "make_corpus", "activations": "make_activations"}
+    defs.resolve_job_def(stage_job.get(stage, "make_dictionary")).execute_in_process(
+        partition_key=slug,
+        asset_selection=[dg.AssetKey(stage)],
+        instance=instance,
+        run_config={
+            "loggers": {"console": {"config": {"log_level": log_level}}}, "ops": {stage: {"config": config}},
+        },
+        tags={STUDY_TAG: study.name},
+    )  # fmt: skip

@@ -119,6 +119,14 @@ CHECKS: dict[str, list[Check]] = {
             _number("labeled"),
             lambda wanted, order: Bounds(low=wanted.labeled_min if order.study.labels.features else 0),
         ),
+        Check(
+            "failed", "Share of the features asked about whose answers could not be used.",
+            _number("failed"), lambda wanted, order: Bounds(high=wanted.label_failures_max), warns=True,
+        ),
+        Check(
+            "spent", "Share of the budget that is spent, in dollars or requests; 0 without a budget.",
+            _number("spent"), lambda wanted, order: Bounds(high=1),
+        ),
     ],
 }  # fmt: skip
 

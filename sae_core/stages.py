@@ -16,7 +16,7 @@ from sae_core.settings import Settings
 from sae_core.study import CorpusSettings, DictionarySettings, LabelSettings, ModelSettings, Study
 
 VERSIONS = {
-    "corpus": 1, "activations": 1, "dictionary": 2, "features": 1, "neighbors": 1, "feature_map": 1, "labels": 1,
+    "corpus": 1, "activations": 1, "dictionary": 2, "features": 1, "neighbors": 1, "feature_map": 1, "labels": 2,
 }  # fmt: skip
 
 
@@ -63,10 +63,15 @@ def _dictionary_settings(dictionary: DictionarySettings) -> dict[str, Any]:
 
 
 def _label_settings(labels: LabelSettings) -> dict[str, Any]:
-    """The labels' settings, with the content of a local model in place of where it lies."""
+    """The labels' settings but for the pace, with the content of a local model in place of where it lies.
+
+    The budget is among them: labels that it cut short are others than those without it. To make them again costs
+    nothing, as every answer is in the cache.
+    """
+    settings = labels.model_dump(mode="json", exclude={"concurrency", "timeout"})
     if labels.base_url or not labels.features:
-        return _settings(labels)
-    return _settings(labels) | {"model": identify_model(ModelSettings(source=labels.model))}
+        return settings
+    return settings | {"model": identify_model(ModelSettings(source=labels.model))}
 
 
 def _corpus_settings(corpus: CorpusSettings) -> dict[str, Any]:

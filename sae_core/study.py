@@ -252,6 +252,24 @@ class LabelSettings(Settings):
     """Sampling temperature; 0 takes the most likely answer."""
     seed: int = 0
     """Choice of the examples shown, and of the sampling where the server takes one."""
+    max_dollars: float | None = Field(None, ge=0)
+    """Most that the labels may cost; a request that might go beyond it is not sent, and what is written is kept."""
+    max_requests: int | None = Field(None, ge=0)
+    """Most requests that the labels may take, repeated ones included."""
+    prompt_price: float | None = Field(None, ge=0)
+    """Dollars a million tokens read, where no table knows them; with `completion_price`."""
+    completion_price: float | None = Field(None, ge=0)
+    """Dollars a million tokens written."""
+    concurrency: int = Field(8, ge=1)
+    """Requests under way at once at `base_url`; a local server takes one at a time. It changes no label."""
+    timeout: float = Field(120.0, gt=0)
+    """Seconds after which a request to `base_url` is taken for lost, and sent again. It changes no label."""
+
+    @model_validator(mode="after")
+    def _both_prices(self) -> "LabelSettings":
+        if (self.prompt_price is None) != (self.completion_price is None):
+            raise ValueError("prompt_price and completion_price go together: give both, or none")
+        return self
 
 
 class CheckSettings(Settings):
@@ -269,6 +287,8 @@ class CheckSettings(Settings):
     """Least recall@10 of the neighbor index against exact search."""
     labeled_min: Share = 0.8
     """Least share of the asked-for features that got a written label."""
+    label_failures_max: Share = 0.1
+    """Largest share of the features asked about whose answers could not be used."""
 
 
 class Study(Settings):

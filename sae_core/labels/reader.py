@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,8 +19,9 @@ SCHEMA = pa.schema(
     [
         ("feature", pa.int32()), ("label", pa.string()), ("description", pa.string()), ("kind", pa.string()),
         ("confidence", pa.float64()), ("status", pa.string()), ("lexical", pa.string()), ("model", pa.string()),
-        ("prompt_version", pa.string()), ("prompt_tokens", pa.int32()), ("completion_tokens", pa.int32()),
-        ("examples", pa.list_(pa.int32())), ("error", pa.string()),
+        ("prompt_version", pa.string()), ("seed", pa.int64()), ("prompt_tokens", pa.int32()),
+        ("completion_tokens", pa.int32()), ("dollars", pa.float64()), ("seconds", pa.float64()),
+        ("made_at", pa.string()), ("examples", pa.list_(pa.int32())), ("error", pa.string()),
     ]
 )  # fmt: skip
 
@@ -47,8 +48,16 @@ class LabelRow:
     """The label writer's own, 0 to 1; None where it gave none."""
     model: str = ""
     prompt_version: str = ""
+    seed: int = 0
+    """Of the choice of the examples, and of the sampling."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    dollars: float | None = 0.0
+    """What the answers cost; None where the price is not known."""
+    seconds: float = 0.0
+    """Time until the answers were there, when they were bought."""
+    made_at: str = ""
+    """When the last answer was there: ISO 8601, UTC."""
     examples: tuple[int, ...] = ()
     """The examples shown to the label writer: indices into `Features.examples(feature)`."""
     error: str = ""
@@ -87,5 +96,12 @@ class Labels:
         n = self._table.num_rows
         if not 0 <= feature < n:
             raise LabelError(f"there is no feature {feature}: this dictionary has features 0 to {n - 1}")
-        row = self._table.slice(feature, 1).to_pylist()[0]
-        return LabelRow(**row | {"examples": tuple(row["examples"])})
+        return _row(self._table.slice(feature, 1).to_pylist()[0])
+
+    def rows(self) -> list[LabelRow]:
+        """The rows of all features, in order."""
+        return [_row(values) for values in self._table.to_pylist()]
+
+
+def _row(values: dict[str, Any]) -> LabelRow:
+    return LabelRow(**values | {"examples": tuple(values["examples"])})

@@ -21,7 +21,7 @@ from pathlib import Path
 from sae_core.labels import build_labels
 from sae_core.study import LabelSettings
 settings, features, folder = sys.argv[1:]
-build_labels(LabelSettings.model_validate_json(settings), Path(features), Path(folder), concurrency=1)
+build_labels(LabelSettings.model_validate_json(settings), Path(features), Path(folder))
 """
 
 
@@ -30,9 +30,9 @@ def settings(endpoint) -> LabelSettings:
     return LabelSettings(model="m", base_url=endpoint.url, features=5)
 
 
-def build(settings, features, folder, **options):
+def build(settings, features, folder, concurrency=8, **options):
     folder.mkdir(exist_ok=True)
-    return build_labels(settings, features, folder, **options)
+    return build_labels(settings.model_copy(update={"concurrency": concurrency}), features, folder, **options)
 
 
 def attempts(folder) -> list[dict]:
@@ -109,7 +109,7 @@ def test_a_wrong_key_stops_at_once_and_marks_nothing(endpoint, settings, make_fe
 def test_a_server_that_dies_midway_stops_the_run_and_keeps_what_it_answered(
     endpoint, settings, make_features, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("sae_core.labels.endpoint._RETRIES", 0)
+    monkeypatch.setattr("sae_core.labels.client.RETRIES", 0)
     settings = settings.model_copy(update={"features": 40})
     features = make_features(40, dead=())
     endpoint.script = [named_by_prompt] * 7
@@ -148,7 +148,7 @@ def test_a_killed_run_goes_on_without_repeating_a_call(endpoint, settings, make_
             time.sleep(30)
         named_by_prompt(handler, body)
 
-    settings = settings.model_copy(update={"features": 12})
+    settings = settings.model_copy(update={"features": 12, "concurrency": 1})
     features, out = make_features(12, dead=()), tmp_path / "out"
     out.mkdir()
     endpoint.behavior = slow

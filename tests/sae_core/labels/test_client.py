@@ -7,19 +7,25 @@ import pytest
 from openai import AsyncOpenAI
 
 from sae_core.artifacts import ArtifactError
+from sae_core.labels.budget import Budget
 from sae_core.labels.client import LONGEST, ChatClient, Completion, CompletionCache, EndpointError, RequestFailed
+from sae_core.study import LabelSettings
 
 MESSAGES = [{"role": "user", "content": "name it"}]
 KEY = "sk-very-secret"
 
 
 @pytest.fixture
-def make_client(endpoint, cache):
-    def make(url: str | None = None, timeout: float = 5.0, **parameters: object) -> ChatClient:
-        def connect() -> AsyncOpenAI:
-            return AsyncOpenAI(base_url=url or endpoint.url, api_key=KEY, timeout=timeout, max_retries=2)
+def make_client(endpoint, cache, monkeypatch):
+    monkeypatch.setattr("sae_core.labels.client.RETRIES", 2)
 
-        return ChatClient(connect, url or endpoint.url, "m", parameters, CompletionCache(cache / "completions"))
+    def make(url: str | None = None, timeout: float = 5.0, budget: Budget | None = None, **parameters) -> ChatClient:
+        def connect() -> AsyncOpenAI:
+            return AsyncOpenAI(base_url=url or endpoint.url, api_key=KEY, timeout=timeout, max_retries=0)
+
+        kept = CompletionCache(cache / "completions")
+        budget = budget or Budget(LabelSettings(base_url=endpoint.url), None)
+        return ChatClient(connect, url or endpoint.url, "m", parameters, kept, budget)
 
     return make
 
@@ -126,7 +132,7 @@ def test_parameters_that_the_server_refuses_by_name_are_left_out_from_then_on(en
 
 def test_the_same_request_is_paid_for_once(endpoint, make_client):
     first, second = complete(make_client(seed=0)), complete(make_client(seed=0))
-    assert second == first._replace(seconds=0.0, cached=True)
+    assert second == first._replace(cached=True)
     complete(make_client(seed=1))
     complete(make_client(seed=0), [{"role": "user", "content": "other"}])
     assert len(endpoint.requests) == 3
