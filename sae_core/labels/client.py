@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import openai
@@ -86,16 +86,19 @@ class CompletionCache:
         """The answer kept there, if there is one that can be read."""
         try:
             return Completion(**json.loads(path.read_text("utf-8")), cached=True)
-        except (FileNotFoundError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError):
             return None
 
-    def put(self, path: Path, completion: Completion) -> None:
-        """Keep an answer. Raises ArtifactError when the disk is full or not writable."""
-        kept = {key: value for key, value in completion._asdict().items() if key != "cached"}
+    def prepare(self, path: Path) -> None:
+        """Make the folder, before anything is paid for. Raises ArtifactError when nothing can be written there."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ArtifactError(f"cannot write {path}: {error.strerror}; set MIND_ATLAS_CACHE elsewhere") from None
+
+    def put(self, path: Path, completion: Completion) -> None:
+        """Keep an answer, after `prepare`. Raises ArtifactError when the disk is full."""
+        kept = {key: value for key, value in completion._asdict().items() if key != "cached"}
         with write_atomically(path) as temporary:
             temporary.write_text(json.dumps(kept), "utf-8")
 
@@ -160,6 +163,7 @@ class ChatClient:
             if found := self.cache.get(path):
                 self.budget.charge(found.usage, found.requests)
                 return found
+            self.cache.prepare(path)
             completion = await self._buy(messages, self.parameters | parameters)
             await asyncio.to_thread(self.cache.put, path, completion)  # the disk must not hold up the others
             return completion
@@ -187,8 +191,11 @@ class ChatClient:
             requests += 1
             sent = self._taken(parameters)
             try:
+                # In extra_body, as elsewhere the SDK first walks through the types of all messages, which takes longer
+                # than the rest of a request together.
+                body = {"messages": messages, **sent}
                 ask = self._sdk.chat.completions.create
-                return await ask(model=self.model, messages=cast(Any, messages), stream=False, **sent), requests
+                return await ask(model=self.model, messages=[], stream=False, extra_body=body), requests
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 refused = {key for key in sent if re.search(_NAMES.get(key, rf"\b{key}\b"), str(error))}
                 if not refused:
