@@ -7,12 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
+from pytest_httpserver import HTTPServer
 
 from sae_core.artifacts import PROJECT
 
+NOTHING_MORE: Mapping[str, str] = MappingProxyType({})
 MIND_ATLAS = Path(sys.executable).with_name("mind-atlas")
 
 
@@ -23,8 +28,10 @@ def surroundings(home: Path) -> dict[str, str]:
     return os.environ | {"MIND_ATLAS_HOME": str(home), "DAGSTER_HOME": str(home / "dagster")}
 
 
-def run(*arguments: str, home: Path, cwd: Path | None = None, check: bool = False) -> subprocess.CompletedProcess[str]:
-    environment = surroundings(home)
+def run(
+    *arguments: str, home: Path, cwd: Path | None = None, check: bool = False, more: Mapping[str, str] = NOTHING_MORE
+) -> subprocess.CompletedProcess[str]:
+    environment = surroundings(home) | dict(more)
     cwd = cwd or home  # where .dagster goes
     command = [str(MIND_ATLAS), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=300, check=False)
@@ -91,6 +98,35 @@ def test_steering_changes_the_answer_and_the_same_seed_repeats_it(home: Path):
     assert json.loads(run(*command, home=home, check=True).stdout) == answers
 
 
+def test_chosen_features_are_labeled_after_a_look_at_the_cost(
+    home: Path, tiny_study: Path, tmp_path: Path, httpserver: HTTPServer
+):
+    message = {"role": "assistant", "content": '{"label": "a thing"}'}
+    choice = {"index": 0, "finish_reason": "stop", "message": message}
+    body = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+    httpserver.expect_request("/v1/chat/completions").respond_with_json(body)
+    own = tmp_path / "own"
+    shutil.copytree(home, own, symlinks=True)
+    study = tiny_study.parent.parent / "asked" / "tiny.toml"  # beside, as its paths are seen from its folder
+    study.parent.mkdir()
+    labels = f'base_url = "{httpserver.url_for("/v1")}"\nmodel = "m"\nfeatures = 2'
+    study.write_text(tiny_study.read_text("utf-8").replace("features = 0", labels), "utf-8")
+    (own / "studies" / "tiny.toml").unlink()
+    (own / "studies" / "tiny.toml").symlink_to(study)
+    environment = {"NO_PROXY": "127.0.0.1", "MIND_ATLAS_CACHE": str(tmp_path / "cache")}
+    command = partial(run, home=own, check=True, more=environment)
+    estimate = json.loads(command("label", "--dry-run", "--json").stdout)
+    assert (estimate["requests"], estimate["dollars"]) == (2, None)
+    assert len(httpserver.log) == 0
+    command("run", "tiny")
+    hits = json.loads(command("features", "the", "--limit", "20", "--json").stdout)
+    number = next(hit["feature"] for hit in hits if hit["label"] != "a thing")
+    assert "a thing" in command("label", "--feature", str(number)).stdout
+    assert len(httpserver.log) == 3
+    assert command("run", "tiny").stderr.count(": cached") == 7
+    assert json.loads(command("feature", str(number), "--json").stdout)["name"] == "a thing"
+
+
 def test_a_dictionary_is_exported_and_made_again_from_the_export(home: Path, tiny_study: Path, tmp_path: Path):
     done = run("export", "--format", "saelens", "--json", str(tmp_path / "sae"), home=home, check=True)
     name = json.loads(done.stdout)["dictionary"]
@@ -125,6 +161,8 @@ def test_dictionaries_are_listed_and_pictured(home: Path, tmp_path: Path):
         (("steer", "--feature", "1=ten", "Hi"), "write NUMBER=STRENGTH"),
         (("steer", "--feature", "99999=1", "Hi"), "99999"),
         (("features", " "), "no word to search for"),
+        (("label",), "say which: --feature N"),
+        (("label", "--dry-run", "--feature", "99999"), "no feature 99999"),
     ],
 )
 def test_bad_input_is_one_line_and_a_status(home: Path, arguments: tuple[str, ...], message: str):
