@@ -204,7 +204,8 @@ def test_when_the_server_has_too_many_from_one_all_wait(endpoint, make_client, m
 
     async def staggered(client: ChatClient) -> None:
         first = asyncio.ensure_future(client.complete(about("a")))
-        await asyncio.sleep(0.2)  # until after the refusal
+        while not client._pace._not_before:  # until the refusal is read
+            await asyncio.sleep(0.01)
         await asyncio.gather(first, client.complete(about("b")), client.complete(about("c")))
         await client.close()
 
