@@ -120,6 +120,7 @@ CHECKS: dict[str, list[Check]] = {
             lambda wanted, order: Bounds(low=wanted.labeled_min if order.study.labels.features else 0),
         ),
     ],
+    "atlas": [],
 }  # fmt: skip
 
 
