@@ -120,7 +120,12 @@ CHECKS: dict[str, list[Check]] = {
             lambda wanted, order: Bounds(low=wanted.labeled_min if order.study.labels.features else 0),
         ),
     ],
-    "atlas": [],
+    "atlas": [
+        Check(
+            "kept", "Share of the served features that the new dictionary still has; 1 for a first one.",
+            _number("kept_share"), lambda wanted, order: Bounds(low=order.study.retraining.kept_min),
+        ),
+    ],
 }  # fmt: skip
 
 

@@ -92,6 +92,7 @@ def build_atlas(
     return {
         "generation": generation.number,
         "first": not isinstance(champion, Snapshot),
+        "kept_share": _kept_share(fates),
         **dict(sorted(fates.items())),
     }
 
@@ -148,8 +149,7 @@ def _compare(
         yield Line(f"FVU on {whose} held-out tokens, at equal L0", of_old.fvu, of_new.fvu, bound, of_new.fvu <= bound)
         bound = of_old.dead + settings.dead_worse_max
         yield Line(f"features silent on {whose} held-out tokens", of_old.dead, of_new.dead, bound, of_new.dead <= bound)
-    alive = sum(fates.values()) - fates["born"] - fates["split"]
-    kept = fates["kept"] / max(alive, 1)
+    kept = _kept_share(fates)
     yield Line("features kept", 1.0, kept, settings.kept_min, kept >= settings.kept_min)
 
 
@@ -163,6 +163,12 @@ def _fates(dictionary: Path) -> Counter[str]:
     return Counter(
         f for f, g in zip(table["fate"].to_pylist(), table["generation"].to_pylist(), strict=True) if g == newest
     )
+
+
+def _kept_share(fates: Counter[str]) -> float:
+    """Share of the old features that were found again, as they were; 1 when there were none."""
+    before = sum(fates.values()) - fates["born"] - fates["split"]
+    return fates["kept"] / before if before else 1.0
 
 
 def _write_report(

@@ -274,7 +274,7 @@ class CheckSettings(Settings):
 class RetrainingSettings(Settings):
     """When the study is made again, and when what comes of it is served. No part of any fingerprint."""
 
-    schedule: str = "0 3 * * 1"
+    schedule: str = Field("0 3 * * 1", pattern=r"^(\S+ \S+ \S+ \S+ \S+|@\w+)?$")
     """When stale stages are made again, as cron says it; empty for never. Off in Dagster until turned on."""
     warm_start: bool = True
     """A dictionary begins with the weights of the one that is served, so that its features stay what they are."""

@@ -12,7 +12,7 @@ from pipelines.run import ASSETS
 from sae_core.artifacts import ArtifactStore
 from sae_core.checks import CHECKS
 
-STAGES = ["corpus", "activations", "dictionary", "features", "neighbors", "feature_map", "labels"]
+STAGES = ["corpus", "activations", "dictionary", "features", "neighbors", "feature_map", "labels", "atlas"]
 
 
 def slug(stage: str) -> str:

@@ -65,7 +65,7 @@ def test_status_says_what_is_stale_and_why(home: Path, tiny_study: Path):
         tiny_study.write_text(old, "utf-8")
     why = {row["stage"]: row["why"] for row in rows if row["state"] == "stale"}
     assert why["dictionary"] == "lr: made with null, now 0.01"
-    assert why.keys() == {"dictionary", "features", "neighbors", "feature_map", "labels"}
+    assert why.keys() == {"dictionary", "features", "neighbors", "feature_map", "labels", "atlas"}
 
 
 def test_features_are_found_shown_and_explained(home: Path):
