@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from sae_core.artifacts import PROJECT
+from sae_core.stages import VERSIONS
 
 MIND_ATLAS = Path(sys.executable).with_name("mind-atlas")
 
@@ -53,7 +54,7 @@ def test_a_second_run_does_no_work_and_says_so(home: Path):
 def test_a_study_given_by_path_is_known_by_name_afterwards(home: Path, tiny_study: Path):
     assert (home / "studies" / "tiny.toml").resolve() == tiny_study.resolve()
     rows = json.loads(run("status", "tiny", "--json", home=home, check=True).stdout)
-    assert [row["state"] for row in rows] == ["made"] * 7
+    assert [row["state"] for row in rows] == ["made"] * len(VERSIONS)
 
 
 def test_status_says_what_is_stale_and_why(home: Path, tiny_study: Path):
