@@ -1,5 +1,6 @@
 """The one resource: where things are kept, what the machine is, and how a stage is made with both."""
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,9 @@ from pydantic import Field, ValidationError, create_model
 from assets.checks import result
 from assets.partitions import STUDIES
 from sae_core.artifacts import ArtifactError, ArtifactStore, Draft, Made, home
-from sae_core.checks import verdicts
+from sae_core.checks import Verdict, verdicts
 from sae_core.errors import MindAtlasError
+from sae_core.generations import Snapshot, outdated, served
 from sae_core.progress import Report
 from sae_core.settings import Settings
 from sae_core.studies import Order
@@ -137,9 +139,24 @@ class Workshop(dg.ConfigurableResource):
         for settings in order.study.dictionaries if STUDY_TAG in context.run.tags else []:
             recipe = order.recipe("dictionary", order.study.spec(settings).slug)
             folder = self.store.draft_folder(recipe)
-            if settings != order.dictionary and folder:
+            if settings != order.dictionary and folder and not self.previous(recipe.slug):
                 found[folder] = settings
         return found
+
+    def previous(self, slug: str) -> Path | None:
+        """Folder of the dictionary that is served under this name; a new one follows it, and is trained alone."""
+        now = served(self.store, slug)
+        return now.get("dictionary", slug).folder if isinstance(now, Snapshot) else None
+
+    def verdicts(self, order: Order, parents: dict[str, Made]) -> list[Verdict]:
+        """The checks of all stages."""
+        return [v for stage, made in parents.items() for v in verdicts(stage, made.manifest.summary, order)]
+
+    def collect(self, slug: str) -> None:
+        """Drop the generations that the dictionary's study does not want to keep any more."""
+        keep = STUDIES.order(slug).study.retraining.generations
+        for folder in outdated(self.store, keep):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _alone(self, build: Build, order: Order, draft: Draft, report: Report) -> dict[str, Any]:
         """Build while nothing else is built here: one heavy step at a time.

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from sae_core.artifacts import PROJECT, ArtifactStore, home
+from sae_core.artifacts import ATLAS, PROJECT, ArtifactStore, home
 from sae_core.errors import MindAtlasError
 from sae_core.stages import VERSIONS
 
@@ -93,7 +93,7 @@ def chosen(command: Command) -> Command:
 @click.argument("study", default="quickstart")
 @click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a CUDA device when there is one.")
 @click.option(
-    "--until", type=click.Choice(list(VERSIONS)), default="labels", show_default=True, help="Make no stage after this."
+    "--until", type=click.Choice(list(VERSIONS)), default=ATLAS, show_default=True, help="Make no stage after this."
 )
 @as_json
 @click.pass_obj
@@ -115,7 +115,7 @@ def run(debug: bool, study: str, device: str, until: str, json_: bool) -> None:
         for recipe, status in bring_up_to_date(wanted, workshop, instance, until=until, log_level=level):
             was = "cached" if status.state == "made" else f"made ({status.why})"
             err.print(f"{recipe.stage:<12} {recipe.slug}: {was}", markup=False)
-    if until == "labels":
+    if until == ATLAS:
         show(summarize(wanted, workshop.store), json_)
 
 
@@ -300,6 +300,38 @@ def export(folder: Path, format_: str, study: str, dictionary: str, json_: bool)
         print_json(written)
     else:
         out.print(f"{atlas.dictionary} is in {written['folder']}, as {format_} reads it", markup=False)
+
+
+@cli.command()
+@chosen
+def rollback(study: str, dictionary: str) -> None:
+    """Serve the generation before the one that is served, and promote the latter no more."""
+    from pipelines.console import out
+    from sae_core.generations import roll_back
+
+    name = _atlas(study, dictionary).dictionary
+    generation = roll_back(ArtifactStore(home()), name)
+    out.print(f"{name}: generation {generation.number} is served", markup=False)
+
+
+@cli.command()
+@click.option("--keep", default=3, show_default=True, type=click.IntRange(1), help="Generations of each atlas to keep.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
+def gc(keep: int, dry_run: bool) -> None:
+    """Delete what no kept generation needs, nobody reads, and no run is making."""
+    import shutil
+
+    from pipelines.console import out
+    from sae_core.generations import outdated
+
+    total = 0
+    for folder in outdated(ArtifactStore(home()), keep):
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        total += size
+        out.print(f"{size / 1e6:10,.1f} MB  {folder}", markup=False)
+        if not dry_run:
+            shutil.rmtree(folder, ignore_errors=True)
+    out.print(f"{total / 1e6:10,.1f} MB  {'would be deleted' if dry_run else 'deleted'}", markup=False)
 
 
 @cli.command()

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import dagster as dg
 
 from assets.activations import activations
+from assets.atlas import atlas
 from assets.corpus import corpus
 from assets.dictionary import dictionary
 from assets.feature_map import feature_map
@@ -14,11 +15,12 @@ from assets.labels import labels
 from assets.neighbors import neighbors
 from assets.partitions import corpora, dictionaries, sites
 from assets.resources import STUDY_TAG, Workshop
-from sae_core.artifacts import ArtifactStore, Recipe, Status
+from sae_core.artifacts import ATLAS, ArtifactStore, Recipe, Status
+from sae_core.promotion import why_refused
 from sae_core.stages import VERSIONS, recipes
 from sae_core.study import Study
 
-ASSETS = [corpus, activations, dictionary, features, neighbors, feature_map, labels]
+ASSETS = [corpus, activations, dictionary, features, neighbors, feature_map, labels, atlas]
 
 make_corpus = dg.define_asset_job(
     "make_corpus", selection="key:corpus", partitions_def=corpora, description="One corpus."
@@ -44,11 +46,20 @@ class Step(NamedTuple):
 
 def plan(study: Study, store: ArtifactStore) -> list[Step]:
     """Every stage of the study, parents first, made, stale or missing, and why."""
-    return [Step(recipe, store.status(recipe)) for recipe in recipes(study)]
+    return [Step(recipe, _status(study, store, recipe)) for recipe in recipes(study)]
+
+
+def _status(study: Study, store: ArtifactStore, recipe: Recipe) -> Status:
+    """How an artifact stands; an atlas that was refused is not made again until it, or what bounds it, changes."""
+    status = store.status(recipe)
+    if recipe.stage == ATLAS and status.state != "made":
+        why = why_refused(store, recipe.slug, recipe.fingerprint, study.retraining)
+        return Status("refused", why) if why else status
+    return status
 
 
 def bring_up_to_date(
-    study: Study, workshop: Workshop, instance: dg.DagsterInstance, *, until: str = "labels", log_level: str = "INFO"
+    study: Study, workshop: Workshop, instance: dg.DagsterInstance, *, until: str = ATLAS, log_level: str = "INFO"
 ) -> Iterator[Step]:
     """Make what is missing or stale, one Dagster run a stage, and yield each step when it is done or was found made.
 
@@ -64,8 +75,8 @@ def bring_up_to_date(
     """
     wanted = list(VERSIONS)[: list(VERSIONS).index(until) + 1]
     for recipe in (recipe for recipe in recipes(study) if recipe.stage in wanted):
-        step = Step(recipe, workshop.store.status(recipe))
-        if step.status.state != "made":
+        step = Step(recipe, _status(study, workshop.store, recipe))
+        if step.status.state in {"missing", "stale"}:
             materialize(recipe.stage, recipe.slug, study, workshop, instance, log_level)
         yield step
 

@@ -18,7 +18,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -27,13 +27,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from sae_core.errors import MindAtlasError
 from sae_core.settings import fingerprint
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+ATLAS, GENERATION = "atlas", "generation.json"
+"""The stage that publishes what belongs together, and the file in its folder that says what does."""
 SCRATCH = "scratch"
 """Sub-folder of a draft for what only a resumed run needs (checkpoints); gone when the artifact is complete."""
 
@@ -116,7 +118,7 @@ class Made(NamedTuple):
 class Status(NamedTuple):
     """How an artifact stands to its recipe."""
 
-    state: Literal["made", "stale", "missing"]
+    state: Literal["made", "stale", "missing", "refused"]
     why: str
 
 
@@ -219,15 +221,40 @@ class ArtifactStore:
         """Checksum, switch the manifest over, and drop what it replaced."""
         for leftover in {*folder.rglob("*.tmp"), *folder.rglob(".*")}:  # a killed run's: ours, and safetensors'
             leftover.unlink()
+        (folder / MANIFEST).unlink(missing_ok=True)
         kept = (path for path in sorted(folder.rglob("*")) if path.is_file() and folder / SCRATCH not in path.parents)
         files = {str(path.relative_to(folder)): _describe(path) for path in kept}
         manifest = replace(manifest, files=files)
-        with write_atomically(folder.parent / MANIFEST) as path:
-            path.write_text(json.dumps(asdict(manifest), indent=1), "utf-8")
-        for other in (*folder.parent.iterdir(), folder / SCRATCH):
-            if other.is_dir() and other != folder:
-                shutil.rmtree(other, ignore_errors=True)
+        for home in (folder, folder.parent):  # a copy for whoever goes back to it; then the switch
+            with write_atomically(home / MANIFEST) as path:
+                path.write_text(json.dumps(asdict(manifest), indent=1), "utf-8")
+        for other in (folder / SCRATCH, *self.unused(manifest)):
+            shutil.rmtree(other, ignore_errors=True)
         return Made(manifest, folder, cached=False)
+
+    def unused(self, manifest: Manifest, without: Iterable[Path] = ()) -> list[Path]:
+        """Folders beside an artifact's that neither it needs, nor a generation of an atlas (see `generations`).
+
+        The generations in the folders `without` do not count.
+        """
+        home, generations = self._home(manifest.stage, manifest.slug), self._generations(set(without))
+        needed = {manifest.folder, *(path.name for path in generations if path.parent == home)}
+        if manifest.stage != "activations":  # which nobody reads afterwards, and which are large
+            needed |= {said[manifest.key]["folder"] for said in generations.values() if manifest.key in said}
+        return [path for path in sorted(home.iterdir()) if path.is_dir() and path.name not in needed]
+
+    def _generations(self, without: set[Path]) -> dict[Path, dict[str, Any]]:
+        """What the generations that are kept are made of, by their folders."""
+        files = (path for path in self.root.glob(f"{ATLAS}/*/*/{GENERATION}") if path.parent not in without)
+        return {path.parent: json.loads(path.read_text("utf-8"))["manifests"] for path in files}
+
+    def is_being_made(self, stage: str, slug: str) -> bool:
+        """Whether some process is making the artifact now."""
+        try:
+            with FileLock(self._home(stage, slug) / ".lock", timeout=0):
+                return False
+        except Timeout:
+            return True
 
     def _home(self, stage: str, slug: str) -> Path:
         if not slug or "/" in slug or "\\" in slug or slug.startswith("."):

@@ -19,6 +19,7 @@ from filelock import FileLock
 from sae_core.artifacts import ArtifactError, ArtifactStore, write_atomically
 from sae_core.errors import MindAtlasError
 from sae_core.features import Example, FeatureRow, Features
+from sae_core.generations import served
 from sae_core.names import DictionarySpec, Site
 
 if TYPE_CHECKING:
@@ -122,11 +123,11 @@ class Atlas:
     """What is known of one dictionary's features. Safe to use from several threads."""
 
     def __init__(self, store: ArtifactStore, dictionary: str) -> None:
-        self.store, self.dictionary = store, dictionary
-        self.features = Features.open(store.get("features", dictionary).folder)
+        self.store, self.dictionary = served(store, dictionary), dictionary
+        self.features = Features.open(self.store.get("features", dictionary).folder)
         self._lock = threading.Lock()
         self._database = duckdb.connect(config={"autoinstall_known_extensions": "false"})
-        self._tables = set(_create_views(self._database, store, [dictionary]))
+        self._tables = set(_create_views(self._database, self.store, [dictionary]))
 
     @classmethod
     def open(cls, store: ArtifactStore, dictionary: str = "") -> "Atlas":
@@ -285,7 +286,8 @@ def _create_views(database: duckdb.DuckDBPyConnection, store: ArtifactStore, slu
     for table, (stage, file) in _TABLES.items():
         column = "corpus" if stage == "corpus" else "dictionary"
         names = sorted({spec.site.corpus if stage == "corpus" else spec.slug for spec in specs})
-        folders = {name: store.get(stage, name).folder for name in names if store.manifest(stage, name)}
+        seen = {name: store if stage == "corpus" else served(store, name) for name in names}
+        folders = {name: of.get(stage, name).folder for name, of in seen.items() if of.manifest(stage, name)}
         selects = [
             f"SELECT {_quoted(name)} AS {column}, * FROM read_parquet({_quoted(str(folder / file))})"
             for name, folder in folders.items()

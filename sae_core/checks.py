@@ -128,6 +128,12 @@ CHECKS: dict[str, list[Check]] = {
             _number("spent"), lambda wanted, order: Bounds(high=1),
         ),
     ],
+    "atlas": [
+        Check(
+            "kept", "Share of the served features that the new dictionary still has; 1 for a first one.",
+            _number("kept_share"), lambda wanted, order: Bounds(low=order.study.retraining.kept_min),
+        ),
+    ],
 }  # fmt: skip
 
 

@@ -3,18 +3,26 @@
 Two features are alike by the cosine of their decoder rows (they do the same) together with the correlation of their
 activations on common tokens (they fire alike). A one-to-one matching makes the sum of the likenesses as large as can
 be; what it leaves over was split off, merged, born, or has died.
+
+A kept feature keeps its number: `follow` puts the new dictionary's features in the places of the old ones they are
+matched with. A number whose feature has gone names another one from then on; `lineage.parquet` says from when.
 """
 
 from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float, Float64, Int64
 from scipy.sparse import csc_array, csr_array, hstack
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from torch import Tensor
 
+from sae_core.artifacts import write_atomically
 from sae_core.dictionary import Dictionary
 from sae_core.dictionary.sparse import SparseActs
 from sae_core.errors import MindAtlasError
@@ -27,6 +35,15 @@ ALIKE = 0.4
 """Likeness below which two features have nothing to do with each other."""
 CANDIDATES = 8
 """Old features that each new one is compared with: those of the nearest decoder rows."""
+LINEAGE = "lineage.parquet"
+COMMON_BATCHES = 16
+"""Batches of activations on which the two are compared."""
+SCHEMA = pa.schema(
+    [
+        ("generation", pa.int32()), ("feature", pa.int32()), ("previous", pa.int32()), ("fate", pa.string()),
+        ("cosine", pa.float32()), ("correlation", pa.float32()),
+    ]
+)  # fmt: skip
 _BLOCK = 4096  # rows of a product of decoders at a time
 
 
@@ -87,11 +104,48 @@ def lineage(old: Dictionary, new: Dictionary, activations: Iterable[Float[Tensor
     return [*_of_new(alike, matched, new.d_sae), *_of_old(alike, matched, old.d_sae)]
 
 
+def follow(
+    old: Dictionary,
+    new: Dictionary,
+    activations: Iterable[Float[Tensor, "_ d_model"]],
+    previous: Path,
+    folder: Path,
+) -> Dictionary:
+    """The new dictionary with its features in the places of the old ones they are matched with.
+
+    Writes `lineage.parquet`, a line for each feature and each generation since the first: that of `previous`, the old
+    dictionary's folder, and what became of its features now. `previous` and `feature` are numbers in the generation
+    before and in this one; a line without `feature` tells of one that has gone.
+    """
+    lines = lineage(old, new, islice(activations, COMMON_BATCHES))
+    places = _places(lines, old.d_sae, new.d_sae)
+    before = pq.read_table(previous / LINEAGE) if (previous / LINEAGE).exists() else SCHEMA.empty_table()
+    number = max(before["generation"].to_pylist(), default=1) + 1
+    rows = [
+        {
+            "generation": number, "feature": None if line.new is None else places[line.new], "previous": line.old,
+            "fate": line.fate, "cosine": line.cosine, "correlation": line.correlation,
+        }
+        for line in lines
+    ]  # fmt: skip
+    with write_atomically(folder / LINEAGE) as path:
+        pq.write_table(pa.concat_tables([before, pa.Table.from_pylist(rows, SCHEMA)]), path)
+    return new.reordered(torch.tensor(np.argsort(places), device=new.device))
+
+
+def _places(lines: list[Kin], n_old: int, n_new: int) -> list[int]:
+    """The place of each new feature: that of the old one it is matched with, else the next free one."""
+    matched = {line.new: line.old for line in lines if line.fate in {"kept", "moved"} and line.old is not None}
+    fits = {new: old for new, old in matched.items() if old < n_new}
+    free = iter(sorted(set(range(n_new)) - set(fits.values())))
+    return [fits[i] if i in fits else next(free) for i in range(n_new)]
+
+
 def _alike(old: Dictionary, new: Dictionary, activations: Iterable[Float[Tensor, "_ d_model"]]) -> Alike:
     """The pairs worth comparing: each feature with the nearest ones of the other dictionary."""
     pairs = np.unique(np.concatenate([_nearest(new, old), _nearest(old, new)[:, ::-1]]), axis=0)
     cosine = (new.W_dec[pairs[:, 0]] * old.W_dec[pairs[:, 1]]).sum(1).double().cpu().numpy()
-    return Alike(*pairs.T, cosine, _correlation(old, new, pairs, activations))
+    return Alike(pairs[:, 0], pairs[:, 1], cosine, _correlation(old, new, pairs, activations))
 
 
 def _nearest(of: Dictionary, among: Dictionary) -> Int64[np.ndarray, "pairs 2"]:

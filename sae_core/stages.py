@@ -2,7 +2,7 @@
 
     corpus -> activations -> dictionary -> features -> labels
                                        -> neighbors
-                                       -> feature_map
+                                       -> feature_map    and, of all together: atlas
 
 A stage's version is raised when its code gives another result for the same settings.
 """
@@ -17,6 +17,7 @@ from sae_core.study import CorpusSettings, DictionarySettings, LabelSettings, Mo
 
 VERSIONS = {
     "corpus": 1, "activations": 1, "dictionary": 2, "features": 1, "neighbors": 1, "feature_map": 1, "labels": 2,
+    "atlas": 1,
 }  # fmt: skip
 
 
@@ -43,9 +44,11 @@ def _dictionary_recipes(
     features = _recipe("features", slug, _settings(study.features), corpus, activations, trained)
     yield trained
     yield features
-    yield _recipe("neighbors", slug, _settings(study.neighbors), trained)
-    yield _recipe("feature_map", slug, _settings(study.feature_map), trained)
-    yield _recipe("labels", slug, _label_settings(study.labels), features)
+    neighbors = _recipe("neighbors", slug, _settings(study.neighbors), trained)
+    feature_map = _recipe("feature_map", slug, _settings(study.feature_map), trained)
+    labels = _recipe("labels", slug, _label_settings(study.labels), features)
+    yield from (neighbors, feature_map, labels)
+    yield _recipe("atlas", slug, {}, corpus, activations, trained, features, neighbors, feature_map, labels)
 
 
 def _recipe(stage: str, slug: str, settings: dict[str, Any], *parents: Recipe) -> Recipe:

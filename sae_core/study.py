@@ -291,6 +291,23 @@ class CheckSettings(Settings):
     """Largest share of the features asked about whose answers could not be used."""
 
 
+class RetrainingSettings(Settings):
+    """When the study is made again, and when what comes of it is served. No part of any fingerprint."""
+
+    schedule: str = Field("0 3 * * 1", pattern=r"^(\S+ \S+ \S+ \S+ \S+|@\w+)?$")
+    """When stale stages are made again, as cron says it; empty for never. Off in Dagster until turned on."""
+    warm_start: bool = True
+    """A dictionary begins with the weights of the one that is served, so that its features stay what they are."""
+    fvu_worse_max: float = Field(0.05, ge=0)
+    """How much more of the variance, as a share, a new dictionary may leave unexplained than the one served."""
+    dead_worse_max: Share = 0.05
+    """How much larger the share of features that stay silent on held-out text may be."""
+    kept_min: Share = 0.3
+    """Least share of the served features that are found again."""
+    generations: int = Field(3, ge=1)
+    """Generations that are kept, the served one included."""
+
+
 class Study(Settings):
     """A study file, checked; a list in a dictionary field has become several dictionaries."""
 
@@ -307,6 +324,7 @@ class Study(Settings):
     feature_map: FeatureMapSettings = FeatureMapSettings()
     labels: LabelSettings = LabelSettings()
     checks: CheckSettings = CheckSettings()
+    retraining: RetrainingSettings = RetrainingSettings()
 
     @model_validator(mode="after")
     def _batches_fit(self) -> "Study":

@@ -17,7 +17,7 @@ from sae_core.checks import CHECKS
 from sae_core.features import Features
 from sae_core.labels import Labels
 
-STAGES = ["corpus", "activations", "dictionary", "features", "neighbors", "feature_map", "labels"]
+STAGES = ["corpus", "activations", "dictionary", "features", "neighbors", "feature_map", "labels", "atlas"]
 
 
 def slug(stage: str) -> str:

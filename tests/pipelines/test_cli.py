@@ -16,6 +16,7 @@ import pytest
 from pytest_httpserver import HTTPServer
 
 from sae_core.artifacts import PROJECT
+from sae_core.stages import VERSIONS
 
 NOTHING_MORE: Mapping[str, str] = MappingProxyType({})
 MIND_ATLAS = Path(sys.executable).with_name("mind-atlas")
@@ -60,7 +61,7 @@ def test_a_second_run_does_no_work_and_says_so(home: Path):
 def test_a_study_given_by_path_is_known_by_name_afterwards(home: Path, tiny_study: Path):
     assert (home / "studies" / "tiny.toml").resolve() == tiny_study.resolve()
     rows = json.loads(run("status", "tiny", "--json", home=home, check=True).stdout)
-    assert [row["state"] for row in rows] == ["made"] * 7
+    assert [row["state"] for row in rows] == ["made"] * len(VERSIONS)
 
 
 def test_status_says_what_is_stale_and_why(home: Path, tiny_study: Path):
@@ -72,7 +73,7 @@ def test_status_says_what_is_stale_and_why(home: Path, tiny_study: Path):
         tiny_study.write_text(old, "utf-8")
     why = {row["stage"]: row["why"] for row in rows if row["state"] == "stale"}
     assert why["dictionary"] == "lr: made with null, now 0.01"
-    assert why.keys() == {"dictionary", "features", "neighbors", "feature_map", "labels"}
+    assert why.keys() == {"dictionary", "features", "neighbors", "feature_map", "labels", "atlas"}
 
 
 def test_features_are_found_shown_and_explained(home: Path):
