@@ -99,24 +99,11 @@ def chosen(command: Command) -> Command:
 @click.pass_obj
 def run(debug: bool, study: str, device: str, until: str, json_: bool) -> None:
     """Make everything STUDY asks for that is missing or stale: a shipped study's name, or the path of a study file."""
-    name = _register(study)
-    _settle()
-    import dagster as dg
-
-    from assets.partitions import STUDIES
-    from assets.resources import Workshop
-    from pipelines.console import err, progress
-    from pipelines.run import bring_up_to_date
-    from pipelines.summary import show, summarize
-
-    wanted, workshop = STUDIES.get(name), Workshop(device=device)
-    level = "DEBUG" if debug else "CRITICAL"
-    with dg.DagsterInstance.get() as instance, progress():
-        for recipe, status in bring_up_to_date(wanted, workshop, instance, until=until, log_level=level):
-            was = "cached" if status.state == "made" else f"made ({status.why})"
-            err.print(f"{recipe.stage:<12} {recipe.slug}: {was}", markup=False)
+    wanted = _bring_up_to_date(debug, _register(study), device, until)
     if until == ATLAS:
-        show(summarize(wanted, workshop.store), json_)
+        from pipelines.summary import show, summarize
+
+        show(summarize(wanted, ArtifactStore(home())), json_)
 
 
 @cli.command()
@@ -158,6 +145,30 @@ def label(
         materialize("labels", atlas.dictionary, order.study, workshop, instance, level, only=list(numbers))
     labels = Labels.open(atlas.store.get("labels", atlas.dictionary).folder)
     show_labels([labels.label(number) for number in dict.fromkeys(numbers)], json_)
+
+
+@cli.command()
+@click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a CUDA device when there is one.")
+@click.pass_obj
+def refresh(debug: bool, device: str) -> None:
+    """Make again what is stale in every study that was built; what the schedules do, by hand."""
+    _settle()
+    from assets.partitions import STUDIES
+    from pipelines.jobs import is_built
+
+    built = [study.name for study in STUDIES if is_built(study, ArtifactStore(home()))]
+    if not built:
+        raise MindAtlasError("no study was built yet: `mind-atlas run` builds one")
+    failed = {}
+    for name in built:
+        try:
+            _bring_up_to_date(debug, name, device, ATLAS)
+        except Exception as error:
+            if not (message := _message(error)):
+                raise
+            failed[name] = message
+    if failed:
+        raise MindAtlasError("; ".join(f"{name}: {message}" for name, message in failed.items()))
 
 
 @cli.command()
@@ -350,6 +361,25 @@ def _settle() -> None:
     os.environ.setdefault("DAGSTER_HOME", str(PROJECT))
     if Path(os.environ["DAGSTER_HOME"]) == PROJECT:
         os.chdir(PROJECT)  # dagster.yaml's paths are seen from the project's folder
+
+
+def _bring_up_to_date(debug: bool, name: str, device: str, until: str) -> Any:
+    """Make what a study's stages lack, up to one of them, with progress; returns the study."""
+    _settle()
+    import dagster as dg
+
+    from assets.partitions import STUDIES
+    from assets.resources import Workshop
+    from pipelines.console import err, progress
+    from pipelines.run import bring_up_to_date
+
+    said = {"made": "cached", "refused": "refused"}
+    wanted, level = STUDIES.get(name), "DEBUG" if debug else "CRITICAL"
+    with dg.DagsterInstance.get() as instance, progress():
+        for recipe, status in bring_up_to_date(wanted, Workshop(device=device), instance, until=until, log_level=level):
+            was = f"{said.get(status.state, 'made')}{f' ({status.why})' if status.why else ''}"
+            err.print(f"{recipe.stage:<12} {recipe.slug}: {was}", markup=False)
+    return wanted
 
 
 def _register(study: str) -> str:
