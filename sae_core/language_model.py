@@ -10,18 +10,18 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sae_core.display import display_strings
 from sae_core.names import Hook
-from sae_core.pretrained import ModelError, load_outline, load_tokenizer, load_weights
+from sae_core.pretrained import ModelError, expected_bos, load_outline, load_tokenizer, load_weights
 from sae_core.progress import Report, silent
 from sae_core.sites import Site, find_final_norm, find_layers, find_post_norms, find_site
 from sae_core.study import ModelSettings
 
-__all__ = ["Edit", "LanguageModel", "Message", "ModelError", "load_tokenizer"]
+__all__ = ["Edit", "LanguageModel", "Message", "ModelError", "load_tokenizer", "places"]
 
 Edit = Callable[[Tensor], Tensor]
 """Takes the activations [batch, length, d_model] at a site and returns what replaces them."""
@@ -171,6 +171,21 @@ class LanguageModel:
         lacking = [f"{hook} of layer {layer}" for n, (hook, layer) in enumerate(sites) if n not in found]
         raise ModelError(f"{', '.join(lacking)} is not reached in a forward pass: choose another hook")
 
+    def is_special(self, token_ids: Int[Tensor, "*n"], positions: Int[Tensor, "*n"]) -> Bool[Tensor, "*n"]:
+        """Whether each token stands for no text: a beginning at position 0 of its document, or an end of text anywhere.
+
+        A beginning counts where the model expects one. Padding is known by where it is and never by its id, which many
+        tokenizers share with a token of text.
+        """
+        special = torch.zeros_like(token_ids, dtype=torch.bool)
+        if self.tokenizer is None:
+            return special
+        if (eos := self.tokenizer.eos_token_id) is not None:
+            special |= token_ids == eos
+        if (bos := expected_bos(self.tokenizer)) is not None:
+            special |= (token_ids == bos) & (positions == 0)
+        return special
+
     @contextmanager
     def edit(self, hook: Hook, layer: int, fn: Edit) -> Iterator[None]:
         """Replace the activation at a site by `fn` of it, in every forward pass inside the `with`.
@@ -268,27 +283,31 @@ class LanguageModel:
         return display_strings(self.tokenizer, self.vocab_size)
 
     def _run(self, module: Any, token_ids: Tensor, segments: Tensor | None) -> Any:
-        """A forward pass of the decoder or the whole model, after which the logits, if any, are packed as the tokens.
-
-        `transformers` masks attention across places where position ids restart, in most models.
-        """
-        self._check_length(token_ids.shape[1])
-        inputs = {"input_ids": token_ids.to(self.device).long(), "use_cache": False}
-        if segments is None:
-            return module(**inputs)
-        positions = _positions(segments.to(self.device))
-        if self._restarts:
-            axes = self._position_axes
-            return module(**inputs, position_ids=positions if axes is None else positions.expand(axes, -1, -1))
+        """A forward pass of the decoder or of the whole model; logits come packed as the tokens went in."""
+        if segments is None or self._restarts:
+            return module(**self._inputs(token_ids, segments))
+        positions = places(segments.to(self.device))
         run = (positions == 0).flatten().cumsum(0).view_as(positions) - 1
         self._apart = apart = _Apart(run, positions)
         try:
-            output = module(**inputs | {"input_ids": apart.spread(inputs["input_ids"])})
+            output = module(**self._inputs(apart.spread(token_ids.to(self.device))))
         finally:
             self._apart = None
         if "logits" in output:
             output.logits = apart.gather(output.logits)
         return output
+
+    def _inputs(self, token_ids: Tensor, segments: Tensor | None = None) -> dict[str, Any]:
+        """Arguments of a forward pass; `transformers` masks attention across places where position ids restart.
+
+        It does so in most models; `_try_out` finds out.
+        """
+        self._check_length(token_ids.shape[1])
+        inputs = {"input_ids": token_ids.to(self.device).long(), "use_cache": False}
+        if segments is None:
+            return inputs
+        positions, axes = places(segments.to(self.device)), self._position_axes
+        return inputs | {"position_ids": positions if axes is None else positions.expand(axes, -1, -1)}
 
     @cached_property
     def _position_axes(self) -> int | None:
@@ -304,18 +323,26 @@ class LanguageModel:
     def _try_out(self) -> None:
         """Learn from a few tokens what no configuration tells: the post-norms, and whether positions part segments.
 
-        Two texts are run one after the other and alone. Activations differ by rounding, or by what attention leaked,
-        which moves every token by a good part of its norm.
+        Two texts are run one after the other, again with the first changed, and again with the second. What a text may
+        not see must move it by no more than rounding does, which is little beside what the first does to the second
+        where attention runs on.
 
         Raises ModelError when an activation depends on later tokens.
         """
-        first, second = (torch.arange(start, start + 6)[None] * 7 % self.vocab_size for start in (1, 8))
-        joined, last = torch.cat([first, second], dim=1), self.n_layers - 1
-        self._post_norms = find_post_norms(self._layers, lambda: self._run(self._decoder, joined, None))
-        if _differ(self.capture("resid_post", last, joined)[:, :6], self.capture("resid_post", last, first)):
+        rows = torch.tensor([[*range(1, 7), *range(7, 13)], [*range(13, 19), *range(7, 13)], [*range(1, 7)] * 2])
+        ids, first, second = rows * 7 % self.vocab_size, slice(0, 6), slice(6, 12)
+        last: list[tuple[Hook, int]] = [("resid_post", self.n_layers - 1)]
+        found: list[Tensor] = []
+        self._post_norms = find_post_norms(self._layers, lambda: found.extend(self.capture_many(last, ids)))
+        [joined], [alone] = found, self.capture_many(last, ids[:1, second])
+        seen = _distance(joined[0, second], joined[1, second]) / 4
+        if _distance(joined[0, first], joined[2, first]) > seen:
             raise ModelError(f"{type(self.model).__name__} attends to later tokens: give a causal language model")
-        packed = self.capture("resid_post", last, joined, torch.arange(12)[None] // 6)
-        self._restarts = not _differ(packed[:, 6:], self.capture("resid_post", last, second))
+        [packed] = self.capture_many(last, ids, torch.arange(12).expand(3, -1) // 6)
+        self._restarts = (
+            _distance(packed[0, second], packed[1, second]) <= seen
+            and _distance(packed[0, second], alone[0]) <= _distance(joined[0, second], alone[0]) / 4
+        )
 
     def _check_length(self, length: int) -> None:
         if self.context is not None and length > self.context:
@@ -353,21 +380,17 @@ class LanguageModel:
             yield
 
 
-def _differ(a: Float[Tensor, "*batch d_model"], b: Float[Tensor, "*batch d_model"]) -> bool:
-    """Whether activations differ by more than the rounding of any precision: the typical row by 5% of its norm.
-
-    The median does not hear of single tokens that rounding sends to another expert.
-    """
-    distance = torch.linalg.vector_norm((a - b).float(), dim=-1)
-    return bool((distance / torch.linalg.vector_norm(b.float(), dim=-1)).median() > 0.05)
+def _distance(a: Float[Tensor, "n d_model"], b: Float[Tensor, "n d_model"]) -> float:
+    """Of the typical row; the median does not hear of single tokens that rounding sends to another expert."""
+    return float(torch.linalg.vector_norm((a - b).float(), dim=-1).median())
 
 
-def _positions(segments: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
-    """Place of each token in its segment."""
-    places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+def places(segments: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
+    """Place of each token in its run of equal ids."""
+    columns = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
     starts = torch.ones_like(segments, dtype=torch.bool)
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    return places - (places * starts).cummax(dim=1).values
+    return columns - (columns * starts).cummax(dim=1).values
 
 
 def _draw(logits: Float[Tensor, " vocab"], temperature: float, rng: torch.Generator) -> int:
