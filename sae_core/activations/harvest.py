@@ -170,7 +170,7 @@ def _in_batches(
     segments: Int[Tensor, "blocks length"] | None,
 ) -> Iterator[tuple[slice, Float[Tensor, "batch length d_model"]]]:
     """Activations of a few blocks at a time: of half as many whenever the GPU's memory does not hold them."""
-    at, batch = 0, max(1, BATCH_TOKENS[lm.device.type] // token_ids.shape[1])
+    at, batch = 0, min(len(token_ids), max(1, BATCH_TOKENS[lm.device.type] // token_ids.shape[1]))
     while at < len(token_ids):
         rows = slice(at, at + batch)
         try:
