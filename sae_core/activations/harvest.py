@@ -87,6 +87,7 @@ def harvest(
     parts = [*parts_of(settings, "train", corpus), *parts_of(settings, "held_out", corpus)]
     lm = LanguageModel.load(model, device, settings.precision)
     _check(settings, lm, folder, parts)
+    specials = sum(int(_specials(settings, lm, part).sum()) for part in parts)
     done, total = 0, sum(part.n_tokens for part in parts)
     for part in parts:
         path = folder / part.name
@@ -99,7 +100,6 @@ def harvest(
         said = {"settings": settings.model_dump(), "model": model.model_dump()}
         with write_atomically(folder / RERUN) as path:
             path.write_text(json.dumps(said | {"corpus": os.path.relpath(corpus, folder)}, indent=1), "utf-8")
-    specials = sum(int(_specials(settings, lm, part).sum()) for part in parts)
     return _finish(folder, parts, specials)
 
 
