@@ -25,6 +25,7 @@ PENALIZED = {"relu": 5.0, "gated": 1.0, "jump_relu_tanh": 5.0}
 1.9 at a d_model of 576. `jump_relu_tanh`: SAELens's documentation; Anthropic had 10 or more, on larger models.
 """
 Share = Annotated[float, Field(ge=0, le=1)]
+Packing = Literal["documents", "concat"]
 
 
 class ModelSettings(Settings):
@@ -97,14 +98,23 @@ class ActivationSettings(Settings):
     """Where the model is read: the residual stream before or after a layer, or a sublayer's input or output."""
     layer: int = Field(ge=0)
     """Layer that is read, counted from 0; the middle of the model is the paper's choice."""
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
-    """Arithmetic of the model's forward pass, and the type the activations are kept in."""
+    precision: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Arithmetic of the model's forward pass, and the type the activations are kept in; float16 ends at 65,504, and
+    what exceeds it is refused."""
+    packing: Packing = "documents"
+    """What a token may attend to: its own document, so that its activation is that of the document run alone; or, as is
+    common, all of the block before it (`concat`), whatever document that is of."""
     sink_norm: float = Field(4.0, gt=1)
     """Tokens whose norm is above this many medians are attention sinks, left out of training and statistics.
 
     At layer 15 of SmolLM2-135M, of 196,608 tokens 1% are above 10 medians, four lie between 5 and 10, and none
     between 2.1 and 5: any bound in that gap tells sinks from text.
     """
+    sink_positions: int = Field(0, ge=0)
+    """So many tokens at the start of what is attended to count as sinks whatever their norm; 0: the norm decides."""
+    special_tokens: Literal["leave_out", "keep"] = "leave_out"
+    """Whether beginning-of-sequence and end-of-text tokens are left out of training and statistics, as sinks are.
+    Padding always is."""
     stored: bool = True
     """Off: only places and sums are kept, and the model runs again whenever activations are read. The result is the
     same to the bit; it takes no disk, and a pass of the model for each pass over the activations."""
@@ -115,8 +125,9 @@ class ActivationSettings(Settings):
 
     @model_serializer(mode="wrap")
     def _unless_as_always(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        """Stored activations keep the fingerprint they had before one could do without."""
-        return {key: value for key, value in dump(self).items() if key != "stored" or not value}
+        """What could not be set once is none of the fingerprint unless it is set."""
+        later = {"stored": True, "packing": "documents", "sink_positions": 0, "special_tokens": "leave_out"}
+        return {key: value for key, value in dump(self).items() if key not in later or later[key] != value}
 
 
 class DictionarySettings(Settings):

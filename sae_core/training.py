@@ -265,7 +265,7 @@ def _splice(
     language_model = LanguageModel.load(model, device, site.precision)
     return splice(
         language_model, site.hook, site.layer, dictionary, mean.to(device),
-        token_ids.to(device), documents.to(device), is_sink.to(device),
+        token_ids.to(device), documents.to(device), is_sink.to(device), site.packing,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float32, Int
+from jaxtyping import Bool, Float, Float32, Int
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,12 +23,13 @@ from sae_core.activations.shards import (
 )
 from sae_core.artifacts import require_space, write_atomically
 from sae_core.corpus import Corpus
-from sae_core.language_model import LanguageModel
+from sae_core.corpus.packing import kept_apart
+from sae_core.language_model import LanguageModel, places
 from sae_core.progress import Report, silent
 from sae_core.study import ActivationSettings, ModelSettings
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
-"""Tokens a forward pass, by kind of device; see benchmarks/harvest.py."""
+"""Tokens a forward pass at most, by kind of device; see benchmarks/harvest.py. Fewer where a GPU's memory ends."""
 PLACE_BYTES = 13
 """What a row has beside its activation: block, offset and token of 4 bytes each, and the sink mark."""
 
@@ -63,7 +64,8 @@ def harvest(
     """Run the model over the corpus and write the activations at the site; goes on after the shards that are there.
 
     Attention and positions restart at each document, so that an activation does not depend on what else its block
-    holds. Tokens whose norm exceeds `sink_norm` medians are marked as attention sinks.
+    holds, unless `packing` says otherwise. Tokens whose norm exceeds `sink_norm` medians are marked as attention sinks;
+    with them, what is left out for its place or because it is no text (`sink_positions`, `special_tokens`).
 
     Args:
         settings: site, precision, sinks and shards.
@@ -75,7 +77,7 @@ def harvest(
         report: told of tokens.
 
     Returns:
-        Counts, shares and norms, over both splits.
+        Counts, shares and norms, over both splits: `specials` are the special tokens left out, `sinks` the others.
 
     Raises:
         ModelError: the model or the site does not exist, or the blocks exceed the model's context.
@@ -85,6 +87,7 @@ def harvest(
     parts = [*parts_of(settings, "train", corpus), *parts_of(settings, "held_out", corpus)]
     lm = LanguageModel.load(model, device, settings.precision)
     _check(settings, lm, folder, parts)
+    specials = sum(int(_specials(settings, lm, part).sum()) for part in parts)
     done, total = 0, sum(part.n_tokens for part in parts)
     for part in parts:
         path = folder / part.name
@@ -97,7 +100,7 @@ def harvest(
         said = {"settings": settings.model_dump(), "model": model.model_dump()}
         with write_atomically(folder / RERUN) as path:
             path.write_text(json.dumps(said | {"corpus": os.path.relpath(corpus, folder)}, indent=1), "utf-8")
-    return _finish(folder, parts)
+    return _finish(folder, parts, specials)
 
 
 def parts_of(settings: ActivationSettings, split: Split, corpus: Path) -> Iterator[Part]:
@@ -131,19 +134,21 @@ def _continued(report: Report, before: int, total: int) -> Callable[[int], None]
 def run_model(
     settings: ActivationSettings, lm: LanguageModel, part: Part, advance: Callable[[int], None] = lambda n: None
 ) -> tuple[Shard, Float32[Tensor, " tokens"]]:
-    """The part's activations and their norms, in shuffled order; no sink is marked yet."""
+    """The part's activations and their norms, in shuffled order; marked are the sinks that are so whatever their norm.
+
+    Raises ActivationError when an activation is not finite, or a single block does not fit into the GPU's memory.
+    """
     real = part.documents >= 0
     place = permutation(part.n_tokens, settings.seed, part.split == "held_out", 1 + part.number)
     acts = torch.empty(len(place), lm.d_model, dtype=getattr(torch, settings.precision))
     norms, done = torch.empty(len(place)), 0
-    batch = max(1, BATCH_TOKENS[lm.device.type] // real.shape[1])
-    for at in range(0, len(real), batch):
-        rows = slice(at, at + batch)
-        x = lm.capture(settings.hook, settings.layer, part.token_ids[rows], part.documents[rows]).cpu()[real[rows]]
+    segments = kept_apart(part.documents, settings.packing)
+    for rows, x in _in_batches(settings, lm, part.token_ids, segments):
+        x = x.cpu()[real[rows]]
         to = place[done : done + len(x)]
         acts[to], norms[to] = x, torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
         if not norms[to].isfinite().all():
-            raise _not_finite(part, rows)
+            raise _not_finite(settings, part, rows)
         done += len(x)
         advance(done)
     block, offset = real.nonzero().unbind(1)
@@ -151,24 +156,62 @@ def run_model(
     def shuffled(column: Tensor) -> Tensor:
         return torch.empty_like(place, dtype=torch.int32).index_copy_(0, place, column.int())
 
-    no_sink = torch.zeros(len(place), dtype=torch.bool)
-    return Shard(acts, shuffled(part.blocks[block]), shuffled(offset), shuffled(part.token_ids[real]), no_sink), norms
+    attended = torch.zeros_like(part.documents) if segments is None else segments
+    out = (_specials(settings, lm, part) | (places(attended) < settings.sink_positions))[real]
+    return Shard(
+        acts, shuffled(part.blocks[block]), shuffled(offset), shuffled(part.token_ids[real]), shuffled(out).bool()
+    ), norms
 
 
-def _not_finite(part: Part, rows: slice) -> ActivationError:
+def _in_batches(
+    settings: ActivationSettings,
+    lm: LanguageModel,
+    token_ids: Int[Tensor, "blocks length"],
+    segments: Int[Tensor, "blocks length"] | None,
+) -> Iterator[tuple[slice, Float[Tensor, "batch length d_model"]]]:
+    """Activations of a few blocks at a time: of half as many whenever the GPU's memory does not hold them."""
+    at, batch = 0, min(len(token_ids), max(1, BATCH_TOKENS[lm.device.type] // token_ids.shape[1]))
+    while at < len(token_ids):
+        rows = slice(at, at + batch)
+        try:
+            x = lm.capture(settings.hook, settings.layer, token_ids[rows], None if segments is None else segments[rows])
+        except torch.cuda.OutOfMemoryError:
+            if batch == 1:
+                raise ActivationError(
+                    f"a block of {token_ids.shape[1]} tokens does not fit into the GPU's memory beside the model: "
+                    "give fewer corpus.block_tokens, or a smaller model"
+                ) from None
+            batch //= 2
+            continue
+        yield rows, x
+        at += batch
+
+
+def _specials(settings: ActivationSettings, lm: LanguageModel, part: Part) -> Bool[Tensor, "blocks length"]:
+    """The special tokens that are left out."""
+    if settings.special_tokens == "keep":
+        return torch.zeros_like(part.documents, dtype=torch.bool)
+    return lm.is_special(part.token_ids, places(part.documents)) & (part.documents >= 0)
+
+
+def _not_finite(settings: ActivationSettings, part: Part, rows: slice) -> ActivationError:
+    cure = '"bfloat16" or "float32"' if settings.precision == "float16" else '"float32"'
     blocks = part.blocks[rows].tolist()
     return ActivationError(
         f"{part.name}: NaN or infinity in the activations of {part.split} blocks {', '.join(map(str, blocks))}: "
-        'set activations.precision = "float32", or read another layer'
+        f"set activations.precision = {cure}, or read another layer"
     )
 
 
 def _write(
     settings: ActivationSettings, path: Path, shard: Shard, norms: Float32[Tensor, " tokens"], first: Totals | None
 ) -> None:
-    """Mark the sinks, sum up, and write. Without a first shard's totals this is the first, and sets the median."""
+    """Mark the sinks by their norm, sum up, and write.
+
+    Without a first shard's totals this is the first, and sets the median.
+    """
     median = norms.median()[None] if first is None else first.median_norm
-    shard = shard._replace(is_sink=norms > settings.sink_norm * median)
+    shard = shard._replace(is_sink=shard.is_sink | (norms > settings.sink_norm * median))
     columns = shard._asdict() | Totals.of(shard, norms, median)._asdict()
     if not settings.stored:
         del columns["acts"]
@@ -176,23 +219,28 @@ def _write(
         save_file(columns, temporary)
 
 
-def _finish(folder: Path, parts: list[Part]) -> dict[str, int | float]:
+def _finish(folder: Path, parts: list[Part], specials: int) -> dict[str, int | float]:
     """Write the train split's statistics; return the summary."""
     totals = {part.name: Totals.read(folder / part.name) for part in parts}
     train = [totals[part.name] for part in parts if part.split == "train"]
     n_train = sum(int(t.n_kept) for t in train)
     if not n_train:
-        raise ActivationError("every train token is an attention sink: give more text, or raise activations.sink_norm")
+        raise ActivationError(
+            "every train token is an attention sink or a special token: give more text, or raise activations.sink_norm"
+        )
     mean = torch.stack([t.kept_sum for t in train]).sum(0) / n_train
     mean_square_norm = torch.stack([t.kept_square_norm for t in train]).sum(0) / n_train
     with write_atomically(folder / STATISTICS) as temporary:
         save_file({"mean": mean.float(), "mean_square_norm": mean_square_norm.float()}, temporary)
-    tokens, kept = sum(part.n_tokens for part in parts), sum(int(t.n_kept) for t in totals.values())
+    tokens = sum(part.n_tokens for part in parts)
+    sinks = tokens - specials - sum(int(t.n_kept) for t in totals.values())
     return {
         "tokens": tokens,
         "train_tokens": sum(part.n_tokens for part in parts if part.split == "train"),
-        "sinks": tokens - kept,
-        "sink_share": (tokens - kept) / tokens,
+        "sinks": sinks,
+        "sink_share": sinks / tokens,
+        "specials": specials,
+        "special_share": specials / tokens,
         "median_norm": float(train[0].median_norm),
         "root_mean_square_norm": float(mean_square_norm.sqrt()),
         "d_model": len(mean),
