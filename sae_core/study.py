@@ -105,6 +105,9 @@ class ActivationSettings(Settings):
     At layer 15 of SmolLM2-135M, of 196,608 tokens 1% are above 10 medians, four lie between 5 and 10, and none
     between 2.1 and 5: any bound in that gap tells sinks from text.
     """
+    kept_as: Literal["computed", "float32", "bfloat16", "float16", "int8"] = "computed"
+    """Type the activations are kept in; `computed` is the type of `precision`. `int8` takes half the disk of bfloat16,
+    with a scale for each token; the summary says what that loses, as a fraction of the variance."""
     stored: bool = True
     """Off: only places and sums are kept, and the model runs again whenever activations are read. The result is the
     same to the bit; it takes no disk, and a pass of the model for each pass over the activations."""
@@ -115,8 +118,20 @@ class ActivationSettings(Settings):
 
     @model_serializer(mode="wrap")
     def _unless_as_always(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        """Stored activations keep the fingerprint they had before one could do without."""
-        return {key: value for key, value in dump(self).items() if key != "stored" or not value}
+        """Activations kept as always have the fingerprint they had before there was a choice."""
+        always = {"kept_as": "computed", "stored": True}
+        return {key: value for key, value in dump(self).items() if always.get(key) != value}
+
+    @model_validator(mode="after")
+    def _kept_at_all(self) -> "ActivationSettings":
+        if self.kept_as != "computed" and not self.stored:
+            raise ValueError(f"kept_as = {self.kept_as} says how, and stored = false that nothing is kept: give one")
+        return self
+
+    @property
+    def dtype(self) -> str:
+        """The type the activations are kept in, by name."""
+        return self.precision if self.kept_as == "computed" else self.kept_as
 
 
 class DictionarySettings(Settings):

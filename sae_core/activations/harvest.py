@@ -1,25 +1,28 @@
 """Run the model over the corpus and write what it computes at the site."""
 
+import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
-from jaxtyping import Float32, Int
+from jaxtyping import Float, Float32, Float64, Int
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sae_core.activations.elsewhere import DIGEST, ELSEWHERE, Elsewhere
+from sae_core.activations.encoding import ActivationError, decode, encode, row_bytes
 from sae_core.activations.shards import (
     RERUN,
     STATISTICS,
-    ActivationError,
     Shard,
     Split,
     Totals,
     permutation,
     shard_name,
+    square_error,
 )
 from sae_core.artifacts import require_space, write_atomically
 from sae_core.corpus import Corpus
@@ -29,8 +32,11 @@ from sae_core.study import ActivationSettings, ModelSettings
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
 """Tokens a forward pass, by kind of device; see benchmarks/harvest.py."""
+SPLITS: tuple[Split, ...] = get_args(Split)
 PLACE_BYTES = 13
 """What a row has beside its activation: block, offset and token of 4 bytes each, and the sink mark."""
+_CHUNK = 8192
+"""Rows turned into float64 at a time."""
 
 
 class Part(NamedTuple):
@@ -52,6 +58,42 @@ class Part(NamedTuple):
         return int((self.documents >= 0).sum())
 
 
+class Plan(NamedTuple):
+    """What every worker of a harvest has to know."""
+
+    settings: ActivationSettings
+    model: ModelSettings
+    corpus: Path
+    folder: Path
+    elsewhere: str
+    """URL that takes the activations; empty when they stay in the shards."""
+
+
+class Worker:
+    """The model, and what is needed to make one shard after another."""
+
+    def __init__(self, plan: Plan, device: str) -> None:
+        self.plan = plan
+        self.lm = LanguageModel.load(plan.model, device, plan.settings.precision)
+        self.parts = [part for split in SPLITS for part in parts_of(plan.settings, split, plan.corpus)]
+
+    def make(self, number: int, advance: Callable[[int], None] = lambda n: None) -> int:
+        """Write the shard of a part, unless it is there; returns its tokens. All need the first one's median norm."""
+        part, first = self.parts[number], self.plan.folder / self.parts[0].name
+        if not (self.plan.folder / part.name).exists():
+            shard, norms = run_model(self.plan.settings, self.lm, part, advance)
+            _write(self.plan, part.name, shard, norms, Totals.read(first) if number else None)
+        return part.n_tokens
+
+
+@runtime_checkable
+class Pool(Protocol):
+    """Several workers at once; see `sae_core.activations.parallel`."""
+
+    def __call__(self, plan: Plan, numbers: Sequence[int], /) -> Iterator[int]:
+        """Make the shards of the given parts; yields the tokens of each one that is done, in any order."""
+
+
 def harvest(
     settings: ActivationSettings,
     model: ModelSettings,
@@ -59,6 +101,8 @@ def harvest(
     folder: Path,
     device: str = "cpu",
     report: Report = silent,
+    elsewhere: str = "",
+    pool: Pool | None = None,
 ) -> dict[str, int | float]:
     """Run the model over the corpus and write the activations at the site; goes on after the shards that are there.
 
@@ -72,32 +116,45 @@ def harvest(
         folder: takes `train-*.safetensors`, `held_out-*.safetensors` and `statistics.safetensors`; and `rerun.json`
             when the activations are not to be stored.
         device: where the model runs.
-        report: told of tokens.
+        report: told of tokens, and of the gigabytes that all shards will take.
+        elsewhere: URL of a folder that is to take the activations, as fsspec knows them; the shards keep the rest.
+        pool: makes the shards after the first, several at once; the bytes are the same.
 
     Returns:
-        Counts, shares and norms, over both splits.
+        Counts, shares and norms, over both splits; `estimated_bytes` is what was expected of `bytes`, and
+        `kept_error` what keeping activations in another type than they are computed in loses of their variance.
 
     Raises:
         ModelError: the model or the site does not exist, or the blocks exceed the model's context.
-        ActivationError: the corpus has tokens that the model lacks, or an activation is not finite.
+        ActivationError: the corpus has tokens that the model lacks, an activation is not finite or more than float16
+            holds, or the URL cannot be written to.
         ArtifactError: the disk has no room.
     """
-    parts = [*parts_of(settings, "train", corpus), *parts_of(settings, "held_out", corpus)]
-    lm = LanguageModel.load(model, device, settings.precision)
-    _check(settings, lm, folder, parts)
-    done, total = 0, sum(part.n_tokens for part in parts)
-    for part in parts:
-        path = folder / part.name
-        if not path.exists():
-            shard, norms = run_model(settings, lm, part, _continued(report, done, total))
-            _write(settings, path, shard, norms, None if part is parts[0] else Totals.read(folder / parts[0].name))
-        done += part.n_tokens
-        report(done, total, "tokens")
+    worker = Worker(Plan(settings, model, corpus, folder, elsewhere), device)
+    plan, parts, done = worker.plan, worker.parts, 0
+    estimate = _check(plan, worker.lm, parts)
+    told = functools.partial(_tell, report, sum(part.n_tokens for part in parts), estimate / 1e9)
+    if elsewhere:
+        with write_atomically(folder / ELSEWHERE) as path:
+            path.write_text(json.dumps({"url": elsewhere.rstrip("/")}), "utf-8")
+    alone = [n for n, part in enumerate(parts) if not n or not pool or (folder / part.name).exists()]
+    for number in alone:
+        done += worker.make(number, functools.partial(told, done))
+        told(0, done)
+    del worker  # the pool needs its place on the device
+    if pool and (rest := sorted(set(range(len(parts))) - set(alone))):
+        for tokens in pool(plan, rest):
+            told(0, done := done + tokens)
     if not settings.stored:
         said = {"settings": settings.model_dump(), "model": model.model_dump()}
         with write_atomically(folder / RERUN) as path:
             path.write_text(json.dumps(said | {"corpus": os.path.relpath(corpus, folder)}, indent=1), "utf-8")
-    return _finish(folder, parts)
+    away = {"bytes_elsewhere": Elsewhere(elsewhere).bytes()} if elsewhere else {}
+    return _finish(folder, parts) | away | {"estimated_bytes": estimate}
+
+
+def _tell(report: Report, total: int, gigabytes: float, before: int, done: int) -> None:
+    report(before + done, total, "tokens", gigabytes=gigabytes)
 
 
 def parts_of(settings: ActivationSettings, split: Split, corpus: Path) -> Iterator[Part]:
@@ -112,20 +169,22 @@ def parts_of(settings: ActivationSettings, split: Split, corpus: Path) -> Iterat
         yield Part(split, number, chosen, token_ids[chosen], documents[chosen])
 
 
-def _check(settings: ActivationSettings, lm: LanguageModel, folder: Path, parts: list[Part]) -> None:
-    """Refuse tokens that the model lacks, and a disk too small for the shards that are still to be written."""
+def _check(plan: Plan, lm: LanguageModel, parts: list[Part]) -> int:
+    """Refuse tokens that the model lacks, and a disk too small for the shards that are still to be written.
+
+    Returns the bytes that all shards will take, wherever they go.
+    """
     if not parts or parts[0].split != "train":
         raise ActivationError("the corpus has no train tokens: give it more text, or a smaller corpus.held_out")
     largest = max(int(part.token_ids.max()) for part in parts)
     if largest >= lm.vocab_size:
         raise ActivationError(f"the corpus has token {largest}, the model only {lm.vocab_size}: make the corpus again")
-    row = lm.d_model * getattr(torch, settings.precision).itemsize * settings.stored + PLACE_BYTES
-    missing = sum(part.n_tokens for part in parts if not (folder / part.name).exists())
-    require_space(folder, missing * row + len(parts) * (8 * lm.d_model + 1024))
-
-
-def _continued(report: Report, before: int, total: int) -> Callable[[int], None]:
-    return lambda n: report(before + n, total, "tokens")
+    row, head = row_bytes(plan.settings.dtype, lm.d_model) * plan.settings.stored, 8 * lm.d_model + 1024
+    missing = [part.n_tokens for part in parts if not (plan.folder / part.name).exists()]
+    here = PLACE_BYTES + row * (not plan.elsewhere)
+    waiting = row * max(missing, default=0) * bool(plan.elsewhere)  # the shard that is being sent away
+    require_space(plan.folder, sum(missing) * here + waiting + len(missing) * head)
+    return sum(part.n_tokens for part in parts) * (row + PLACE_BYTES) + len(parts) * head
 
 
 def run_model(
@@ -163,17 +222,37 @@ def _not_finite(part: Part, rows: slice) -> ActivationError:
     )
 
 
-def _write(
-    settings: ActivationSettings, path: Path, shard: Shard, norms: Float32[Tensor, " tokens"], first: Totals | None
-) -> None:
+def _write(plan: Plan, name: str, shard: Shard, norms: Float32[Tensor, " tokens"], first: Totals | None) -> None:
     """Mark the sinks, sum up, and write. Without a first shard's totals this is the first, and sets the median."""
     median = norms.median()[None] if first is None else first.median_norm
-    shard = shard._replace(is_sink=norms > settings.sink_norm * median)
-    columns = shard._asdict() | Totals.of(shard, norms, median)._asdict()
-    if not settings.stored:
-        del columns["acts"]
-    with write_atomically(path) as temporary:
-        save_file(columns, temporary)
+    shard = shard._replace(is_sink=norms > plan.settings.sink_norm * median)
+    kept = _encoded(plan.settings, name, shard)
+    columns = shard._replace(acts=decode(kept))._asdict()
+    columns |= Totals.of(Shard(**columns), norms, median)._asdict()
+    if plan.settings.kept_as != "computed":
+        columns["square_error"] = _square_error(shard, columns["acts"])
+    del columns["acts"]
+    if plan.elsewhere:
+        with write_atomically(plan.folder / name) as temporary:
+            save_file(kept, temporary)
+            columns[DIGEST] = Elsewhere(plan.elsewhere).put(temporary, name)
+            save_file(columns, temporary)
+        return
+    with write_atomically(plan.folder / name) as temporary:
+        save_file(columns | (kept if plan.settings.stored else {}), temporary)
+
+
+def _encoded(settings: ActivationSettings, name: str, shard: Shard) -> dict[str, Tensor]:
+    try:
+        return encode(shard.acts, shard.is_sink, settings.dtype)
+    except ActivationError as error:
+        raise ActivationError(f"{name}: {error}") from None
+
+
+def _square_error(shard: Shard, kept: Float[Tensor, "tokens d_model"]) -> Float64[Tensor, " 1"]:
+    """Summed over the rows that are no sinks."""
+    chunks = zip(shard.acts.split(_CHUNK), kept.split(_CHUNK), (~shard.is_sink).split(_CHUNK), strict=True)
+    return torch.stack([(a[keep].double() - b[keep].double()).square().sum()[None] for a, b, keep in chunks]).sum(0)
 
 
 def _finish(folder: Path, parts: list[Part]) -> dict[str, int | float]:
@@ -187,6 +266,8 @@ def _finish(folder: Path, parts: list[Part]) -> dict[str, int | float]:
     mean_square_norm = torch.stack([t.kept_square_norm for t in train]).sum(0) / n_train
     with write_atomically(folder / STATISTICS) as temporary:
         save_file({"mean": mean.float(), "mean_square_norm": mean_square_norm.float()}, temporary)
+    variance = float(n_train * (mean_square_norm - mean.square().sum()))
+    lost = [error for part in parts if part.split == "train" for error in square_error(folder / part.name)]
     tokens, kept = sum(part.n_tokens for part in parts), sum(int(t.n_kept) for t in totals.values())
     return {
         "tokens": tokens,
@@ -198,4 +279,4 @@ def _finish(folder: Path, parts: list[Part]) -> dict[str, int | float]:
         "d_model": len(mean),
         "shards": len(parts),
         "bytes": sum((folder / part.name).stat().st_size for part in parts),
-    }
+    } | ({"kept_error": sum(lost) / variance} if lost else {})
