@@ -4,12 +4,14 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float32, Float64, Int
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae_core.activations.elsewhere import DIGEST, ELSEWHERE, Elsewhere
@@ -25,7 +27,6 @@ from sae_core.activations.shards import (
     square_error,
 )
 from sae_core.artifacts import require_space, write_atomically
-from sae_core.corpus import Corpus
 from sae_core.language_model import LanguageModel
 from sae_core.progress import Report, silent
 from sae_core.study import ActivationSettings, ModelSettings
@@ -35,25 +36,34 @@ BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
 SPLITS: tuple[Split, ...] = get_args(Split)
 PLACE_BYTES = 13
 """What a row has beside its activation: block, offset and token of 4 bytes each, and the sink mark."""
-_CHUNK = 8192
-"""Rows turned into float64 at a time."""
+_CHUNK = 1024
+"""Rows compared at a time."""
 
 
-class Part(NamedTuple):
-    """What one shard is made from."""
+@dataclass(frozen=True)
+class Part:
+    """What one shard is made from; the text stays on disk until it is asked for."""
 
     split: Split
     number: int
     blocks: Int[Tensor, " blocks"]
     """Which of the split's blocks."""
-    token_ids: Int[Tensor, "blocks length"]
-    documents: Int[Tensor, "blocks length"]
+    text: dict[str, Int[Tensor, "n_blocks length"]]
+    """The whole split, memory-mapped."""
 
     @property
     def name(self) -> str:
         return shard_name(self.split, self.number)
 
     @property
+    def token_ids(self) -> Int[Tensor, "blocks length"]:
+        return self.text["token_ids"][self.blocks]
+
+    @property
+    def documents(self) -> Int[Tensor, "blocks length"]:
+        return self.text["documents"][self.blocks]
+
+    @cached_property
     def n_tokens(self) -> int:
         return int((self.documents >= 0).sum())
 
@@ -159,14 +169,11 @@ def _tell(report: Report, total: int, gigabytes: float, before: int, done: int) 
 
 def parts_of(settings: ActivationSettings, split: Split, corpus: Path) -> Iterator[Part]:
     """Deal the blocks out to shards, in an order that the seed decides."""
-    opened = Corpus.open(corpus)
-    blocks = opened.train if split == "train" else opened.held_out
-    token_ids, documents = torch.as_tensor(blocks.token_ids), torch.as_tensor(blocks.documents)
-    if not len(token_ids):
-        return
-    order = permutation(len(token_ids), settings.seed, split == "held_out", 0)
-    for number, chosen in enumerate(order.split(max(1, settings.shard_tokens // token_ids.shape[1]))):
-        yield Part(split, number, chosen, token_ids[chosen], documents[chosen])
+    text = load_file(corpus / f"{split}.safetensors")  # memory-mapped: a corpus may be larger than memory
+    n_blocks, length = text["token_ids"].shape
+    order = permutation(n_blocks, settings.seed, split == "held_out", 0)
+    for number, chosen in enumerate(order.split(max(1, settings.shard_tokens // length)) if n_blocks else ()):
+        yield Part(split, number, chosen, text)
 
 
 def _check(plan: Plan, lm: LanguageModel, parts: list[Part]) -> int:
@@ -191,14 +198,15 @@ def run_model(
     settings: ActivationSettings, lm: LanguageModel, part: Part, advance: Callable[[int], None] = lambda n: None
 ) -> tuple[Shard, Float32[Tensor, " tokens"]]:
     """The part's activations and their norms, in shuffled order; no sink is marked yet."""
-    real = part.documents >= 0
+    token_ids, documents = part.token_ids, part.documents
+    real = documents >= 0
     place = permutation(part.n_tokens, settings.seed, part.split == "held_out", 1 + part.number)
     acts = torch.empty(len(place), lm.d_model, dtype=getattr(torch, settings.precision))
     norms, done = torch.empty(len(place)), 0
     batch = max(1, BATCH_TOKENS[lm.device.type] // real.shape[1])
     for at in range(0, len(real), batch):
         rows = slice(at, at + batch)
-        x = lm.capture(settings.hook, settings.layer, part.token_ids[rows], part.documents[rows]).cpu()[real[rows]]
+        x = lm.capture(settings.hook, settings.layer, token_ids[rows], documents[rows]).cpu()[real[rows]]
         to = place[done : done + len(x)]
         acts[to], norms[to] = x, torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
         if not norms[to].isfinite().all():
@@ -211,7 +219,7 @@ def run_model(
         return torch.empty_like(place, dtype=torch.int32).index_copy_(0, place, column.int())
 
     no_sink = torch.zeros(len(place), dtype=torch.bool)
-    return Shard(acts, shuffled(part.blocks[block]), shuffled(offset), shuffled(part.token_ids[real]), no_sink), norms
+    return Shard(acts, shuffled(part.blocks[block]), shuffled(offset), shuffled(token_ids[real]), no_sink), norms
 
 
 def _not_finite(part: Part, rows: slice) -> ActivationError:
@@ -229,7 +237,7 @@ def _write(plan: Plan, name: str, shard: Shard, norms: Float32[Tensor, " tokens"
     kept = _encoded(plan.settings, name, shard)
     columns = shard._replace(acts=decode(kept))._asdict()
     columns |= Totals.of(Shard(**columns), norms, median)._asdict()
-    if plan.settings.kept_as != "computed":
+    if plan.settings.dtype != plan.settings.precision:
         columns["square_error"] = _square_error(shard, columns["acts"])
     del columns["acts"]
     if plan.elsewhere:
@@ -252,7 +260,8 @@ def _encoded(settings: ActivationSettings, name: str, shard: Shard) -> dict[str,
 def _square_error(shard: Shard, kept: Float[Tensor, "tokens d_model"]) -> Float64[Tensor, " 1"]:
     """Summed over the rows that are no sinks."""
     chunks = zip(shard.acts.split(_CHUNK), kept.split(_CHUNK), (~shard.is_sink).split(_CHUNK), strict=True)
-    return torch.stack([(a[keep].double() - b[keep].double()).square().sum()[None] for a, b, keep in chunks]).sum(0)
+    norms = [torch.linalg.vector_norm(a.float() - b.float(), dim=1)[keep] for a, b, keep in chunks]
+    return torch.cat(norms).double().square().sum()[None]
 
 
 def _finish(folder: Path, parts: list[Part]) -> dict[str, int | float]:

@@ -9,11 +9,13 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import Any
 
 import torch
 
+from sae_core.activations.encoding import ActivationError
 from sae_core.activations.harvest import Plan, Pool, Worker
 
 
@@ -38,6 +40,11 @@ def processes(devices: Sequence[str]) -> Pool:
             try:
                 for shard in as_completed(made):
                     yield shard.result()
+            except BrokenProcessPool:
+                raise ActivationError(
+                    "a process that read activations was ended from outside, often for want of memory: "
+                    "give fewer workers; what is finished stays"
+                ) from None
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
