@@ -75,7 +75,7 @@ class Workshop(dg.ConfigurableResource):
     )
     activations: str = Field(
         default="",
-        description="URL of a folder for the activations, as `s3://bucket/folder`; else MIND_ATLAS_ACTIVATIONS, or root.",
+        description="URL that takes the activations, as `s3://bucket/folder`. Empty: MIND_ATLAS_ACTIVATIONS, or root.",
     )
 
     @property

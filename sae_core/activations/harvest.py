@@ -4,6 +4,8 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -80,20 +82,40 @@ class Plan(NamedTuple):
 
 
 class Worker:
-    """The model, and what is needed to make one shard after another."""
+    """The model, and what is needed to make one shard after another.
+
+    A GPU goes on with the next shard while one is written; on a CPU that would only take turns on the same cores.
+    """
 
     def __init__(self, plan: Plan, device: str) -> None:
         self.plan = plan
         self.lm = LanguageModel.load(plan.model, device, plan.settings.precision)
         self.parts = [part for split in SPLITS for part in parts_of(plan.settings, split, plan.corpus)]
+        self.overlaps = self.lm.device.type != "cpu"
+        self._writer = ThreadPoolExecutor(1)
+        self._written: Future[None] | None = None
 
     def make(self, number: int, advance: Callable[[int], None] = lambda n: None) -> int:
-        """Write the shard of a part, unless it is there; returns its tokens. All need the first one's median norm."""
+        """Make the shard of a part, unless it is there; returns its tokens. All need the first one's median norm."""
         part, first = self.parts[number], self.plan.folder / self.parts[0].name
         if not (self.plan.folder / part.name).exists():
             shard, norms = run_model(self.plan.settings, self.lm, part, advance)
-            _write(self.plan, part.name, shard, norms, Totals.read(first) if number else None)
+            self.finish()  # no more than one waits to be written
+            median = Totals.read(first).median_norm if number else norms.median()[None]
+            self._written = self._writer.submit(_write, self.plan, part.name, shard, norms, median)
+            if not number or not self.overlaps:
+                self.finish()
         return part.n_tokens
+
+    def finish(self) -> None:
+        """Wait until everything is written. Raises what writing raised."""
+        if self._written:
+            written, self._written = self._written, None
+            written.result()
+
+    def close(self) -> None:
+        """Let what is being written come to its end."""
+        self._writer.shutdown()
 
 
 @runtime_checkable
@@ -148,9 +170,11 @@ def harvest(
         with write_atomically(folder / ELSEWHERE) as path:
             path.write_text(json.dumps({"url": elsewhere.rstrip("/")}), "utf-8")
     alone = [n for n, part in enumerate(parts) if not n or not pool or (folder / part.name).exists()]
-    for number in alone:
-        done += worker.make(number, functools.partial(told, done))
-        told(0, done)
+    with closing(worker):
+        for number in alone:
+            done += worker.make(number, functools.partial(told, done))
+            told(0, done)
+        worker.finish()
     del worker  # the pool needs its place on the device
     if pool and (rest := sorted(set(range(len(parts))) - set(alone))):
         for tokens in pool(plan, rest):
@@ -230,9 +254,10 @@ def _not_finite(part: Part, rows: slice) -> ActivationError:
     )
 
 
-def _write(plan: Plan, name: str, shard: Shard, norms: Float32[Tensor, " tokens"], first: Totals | None) -> None:
-    """Mark the sinks, sum up, and write. Without a first shard's totals this is the first, and sets the median."""
-    median = norms.median()[None] if first is None else first.median_norm
+def _write(
+    plan: Plan, name: str, shard: Shard, norms: Float32[Tensor, " tokens"], median: Float32[Tensor, " 1"]
+) -> None:
+    """Mark the sinks, sum up, and write; `median` is that of the first shard's norms."""
     shard = shard._replace(is_sink=norms > plan.settings.sink_norm * median)
     kept = _encoded(plan.settings, name, shard)
     columns = shard._replace(acts=decode(kept))._asdict()

@@ -69,7 +69,19 @@ def _end_with_parent() -> None:
 
 
 def _make(number: int) -> int:
-    return _here[0].make(number)
+    tokens = _here[0].make(number)
+    _here[0].finish()
+    return tokens
+
+
+class _Actor:
+    """A worker on some machine of the cluster."""
+
+    def __init__(self, plan: Plan, device: str) -> None:
+        _here.append(Worker(plan, device))
+
+    def make(self, number: int) -> int:
+        return _make(number)
 
 
 def on_ray(workers: int, device: str) -> Pool:
@@ -84,7 +96,7 @@ def on_ray(workers: int, device: str) -> Pool:
     def run(plan: Plan, numbers: Sequence[int], /) -> Iterator[int]:
         cuda = device.startswith("cuda")
         n = workers or int(ray.cluster_resources().get("GPU" if cuda else "CPU", 1))
-        remote = ray.remote(num_cpus=1, num_gpus=int(cuda))(Worker)
+        remote = ray.remote(num_cpus=1, num_gpus=int(cuda))(_Actor)
         actors: list[Any] = [remote.remote(plan, "cuda" if cuda else device) for _ in numbers[:n]]
         pool = ray.util.ActorPool(actors)
         try:

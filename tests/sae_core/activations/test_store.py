@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from sae_core.activations import ActivationError, Activations, harvest, shards
+from sae_core.activations.parallel import Worker
 from sae_core.artifacts import PROJECT, ArtifactError, ArtifactStore, Draft, Made, Recipe
 from sae_core.corpus import Corpus
 from sae_core.study import ActivationSettings, ModelSettings
@@ -80,6 +81,24 @@ def test_what_is_read_ahead_may_be_missing_and_is_said_only_when_it_is_needed(ma
     source.ahead(2)
     with pytest.raises(ActivationError, match="train-00002"):
         source.acts(2)
+
+
+def test_what_is_written_while_the_model_goes_on_is_the_same(
+    site: ActivationSettings, model: ModelSettings, corpus: Path, made: Path, contents: Contents, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    monkeypatch.setattr(Worker, "overlaps", property(lambda self: True, lambda self, value: None), raising=False)
+
+    def report(done: int, *_: object, **__: float) -> None:
+        if done > 1200:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        harvest(site, model, corpus, tmp_path, report=report)
+    assert {"train-00000.safetensors"} < contents(tmp_path).keys() < contents(made).keys()
+    assert not list(tmp_path.glob("*.tmp"))  # what was being written came to its end
+    harvest(site, model, corpus, tmp_path)
+    assert contents(tmp_path) == contents(made)
 
 
 KILL = """
