@@ -162,6 +162,7 @@ def harvest(
             holds, or the URL cannot be written to.
         ArtifactError: the disk has no room.
     """
+    elsewhere = _place(settings, folder, elsewhere)
     worker = Worker(Plan(settings, model, corpus, folder, elsewhere), device)
     plan, parts, done = worker.plan, worker.parts, 0
     estimate = _check(plan, worker.lm, parts)
@@ -185,6 +186,14 @@ def harvest(
             path.write_text(json.dumps(said | {"corpus": os.path.relpath(corpus, folder)}, indent=1), "utf-8")
     away = {"bytes_elsewhere": Elsewhere(elsewhere).bytes()} if elsewhere else {}
     return _finish(folder, parts) | away | {"estimated_bytes": estimate}
+
+
+def _place(settings: ActivationSettings, folder: Path, elsewhere: str) -> str:
+    """The URL that takes the activations; what was begun in one place goes on there."""
+    if (folder / ELSEWHERE).exists():
+        return Elsewhere.of(folder).url
+    begun = any((folder / shard_name(split, 0)).exists() for split in SPLITS)
+    return elsewhere if settings.stored and not begun else ""
 
 
 def _tell(report: Report, total: int, gigabytes: float, before: int, done: int) -> None:

@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -66,6 +67,21 @@ def test_an_interrupted_upload_goes_on_after_the_shards_that_are_there(
         Elsewhere.put = put
     assert uploaded == ["train-00003.safetensors"]
     assert contents(kept) == calm
+
+
+def test_what_was_begun_in_one_place_goes_on_there(
+    kept: Path, url: str, site: ActivationSettings, model: ModelSettings, corpus: Path, made: Path, tmp_path: Path
+):
+    (kept / "train-00002.safetensors").unlink()
+    harvest(site.model_copy(update={"kept_as": "int8"}), model, corpus, kept)
+    assert Activations.open(kept).acts(2).shape == (256, 32)
+    home = shutil.copytree(made, tmp_path / "begun")
+    (home / "train-00002.safetensors").unlink()
+    for folder, settings in ((home, site), (tmp_path / "none", site.model_copy(update={"stored": False}))):
+        folder.mkdir(exist_ok=True)
+        harvest(settings, model, corpus, folder, elsewhere=f"{url}/other")
+        assert not (folder / "elsewhere.json").exists()
+        assert torch.equal(Activations.open(folder).acts(2), Activations.open(made).acts(2))
 
 
 def test_what_was_damaged_elsewhere_is_refused_found_and_made_again_alone(
