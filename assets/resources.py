@@ -1,10 +1,12 @@
 """The one resource: where things are kept, what the machine is, and how a stage is made with both."""
 
+import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import dagster as dg
 from filelock import FileLock
@@ -21,6 +23,9 @@ from sae_core.settings import Settings
 from sae_core.studies import Order
 from sae_core.study import DictionarySettings
 from sae_core.study_files import explain
+
+if TYPE_CHECKING:
+    from sae_core.activations.harvest import Pool
 
 Build = Callable[[Order, Draft, Report], dict[str, Any]]
 """Calls the one function of `sae_core` that makes a draft, and returns its summary."""
@@ -64,6 +69,17 @@ class Workshop(dg.ConfigurableResource):
         default="", description="The label writer's key, as an EnvVar. Empty: OPENAI_API_KEY. It is kept nowhere."
     )
 
+    workers: int = Field(
+        default=0, ge=0, description="Processes that read activations at once. 0: one for each GPU, or one on a CPU."
+    )
+    ray: str = Field(
+        default="", description="Address of a Ray cluster whose workers read activations: `auto`, `ray://host:10001`."
+    )
+    activations: str = Field(
+        default="",
+        description="URL that takes the activations, as `s3://bucket/folder`. Empty: MIND_ATLAS_ACTIVATIONS, or root.",
+    )
+
     @property
     def store(self) -> ArtifactStore:
         """The store that all stages read and write."""
@@ -86,6 +102,24 @@ class Workshop(dg.ConfigurableResource):
         import torch  # heavy: only a running step pays for it
 
         return self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+    @contextmanager
+    def pool(self) -> Iterator["Pool | None"]:
+        """Those who read activations beside this process, while the `with` lasts; None when there is nobody."""
+        from sae_core.activations import parallel  # torch
+
+        device = self.torch_device()
+        if self.ray:
+            with _cluster(self.ray).yield_for_execution(dg.build_init_resource_context()):
+                yield parallel.on_ray(self.workers, device)
+        else:
+            devices = parallel.devices(device, self.workers)
+            yield parallel.processes(devices) if len(devices) > 1 else None
+
+    def elsewhere(self, draft: Draft) -> str:
+        """URL that takes a draft's activations; empty when they stay in its folder."""
+        url = (self.activations or os.environ.get("MIND_ATLAS_ACTIVATIONS", "")).rstrip("/")
+        return f"{url}/{draft.recipe.slug}/{draft.folder.name}" if url else ""
 
     def make(
         self,
@@ -165,6 +199,14 @@ class Workshop(dg.ConfigurableResource):
         """
         with FileLock(self.store.root / ".machine.lock"):
             return build(order, draft, report)
+
+
+def _cluster(address: str) -> Any:
+    try:
+        from assets.cluster import Cluster
+    except ImportError:
+        raise MindAtlasError(f'ray = {address} needs Ray: pip install "mind-atlas[ray]", or leave it empty') from None
+    return Cluster(address=address)
 
 
 def _metadata(made: Made) -> dict[str, Any]:

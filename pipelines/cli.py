@@ -95,11 +95,13 @@ def chosen(command: Command) -> Command:
 @click.option(
     "--until", type=click.Choice(list(VERSIONS)), default=ATLAS, show_default=True, help="Make no stage after this."
 )
+@click.option("--workers", default=0, type=click.IntRange(0), help="Processes that read activations at once.")
+@click.option("--ray", default="", metavar="ADDRESS", help="Read activations on a Ray cluster: auto, ray://host:10001.")
 @as_json
 @click.pass_obj
-def run(debug: bool, study: str, device: str, until: str, json_: bool) -> None:
+def run(debug: bool, study: str, device: str, until: str, workers: int, ray: str, json_: bool) -> None:
     """Make everything STUDY asks for that is missing or stale: a shipped study's name, or the path of a study file."""
-    wanted = _bring_up_to_date(debug, _register(study), device, until)
+    wanted = _bring_up_to_date(debug, _register(study), until, device=device, workers=workers, ray=ray)
     if until == ATLAS:
         from pipelines.summary import show, summarize
 
@@ -162,7 +164,7 @@ def refresh(debug: bool, device: str) -> None:
     failed = {}
     for name in built:
         try:
-            _bring_up_to_date(debug, name, device, ATLAS)
+            _bring_up_to_date(debug, name, ATLAS, device=device)
         except Exception as error:
             if not (message := _message(error)):
                 raise
@@ -206,6 +208,36 @@ def status(study: str, json_: bool) -> None:
         print_json([dict(zip(("stage", "state", "slug", "why"), row, strict=True)) for row in rows])
     else:
         out.print(table(("stage", "state", "name", "why"), rows))
+
+
+@cli.command()
+@click.option("--study", default="", help="Only what this study asks for; otherwise everything that is finished.")
+@click.option("--repair", is_flag=True, help="Remove damaged files, so that the next run makes these again.")
+@as_json
+def verify(study: str, repair: bool, json_: bool) -> None:
+    """Read everything made to the last byte and compare checksums; the exit status is 1 if something is damaged."""
+    from sae_core.verify import verify as check
+
+    keys = []
+    if study:
+        name = _register(study)
+        from assets.partitions import STUDIES
+        from sae_core.stages import recipes
+
+        keys = [recipe.key for recipe in recipes(STUDIES.get(name))]
+    from pipelines.console import out, print_json
+
+    found = []
+    for verdict in check(ArtifactStore(home()), keys, repair=repair):
+        found.append(verdict._asdict())
+        if not json_:
+            sound = f"{verdict.files} files, {verdict.gigabytes:.2f} GB, as they were made"
+            out.print(f"{verdict.artifact}: {'; '.join(verdict.damage.values()) or sound}", markup=False)
+    if json_:
+        print_json(found)
+    if broken := sum(len(verdict["damage"]) for verdict in found):
+        cure = "removed; `mind-atlas run` makes them" if repair else "`mind-atlas verify --repair` and `run` make them"
+        raise MindAtlasError(f"{broken} damaged files: {cure} again")
 
 
 @cli.command()
@@ -363,7 +395,7 @@ def _settle() -> None:
         os.chdir(PROJECT)  # dagster.yaml's paths are seen from the project's folder
 
 
-def _bring_up_to_date(debug: bool, name: str, device: str, until: str) -> Any:
+def _bring_up_to_date(debug: bool, name: str, until: str, **machine: Any) -> Any:
     """Make what a study's stages lack, up to one of them, with progress; returns the study."""
     _settle()
     import dagster as dg
@@ -374,9 +406,9 @@ def _bring_up_to_date(debug: bool, name: str, device: str, until: str) -> Any:
     from pipelines.run import bring_up_to_date
 
     said = {"made": "cached", "refused": "refused"}
-    wanted, level = STUDIES.get(name), "DEBUG" if debug else "CRITICAL"
+    wanted, workshop, level = STUDIES.get(name), Workshop(**machine), "DEBUG" if debug else "CRITICAL"
     with dg.DagsterInstance.get() as instance, progress():
-        for recipe, status in bring_up_to_date(wanted, Workshop(device=device), instance, until=until, log_level=level):
+        for recipe, status in bring_up_to_date(wanted, workshop, instance, until=until, log_level=level):
             was = f"{said.get(status.state, 'made')}{f' ({status.why})' if status.why else ''}"
             err.print(f"{recipe.stage:<12} {recipe.slug}: {was}", markup=False)
     return wanted

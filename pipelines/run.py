@@ -76,7 +76,7 @@ def bring_up_to_date(
     wanted = list(VERSIONS)[: list(VERSIONS).index(until) + 1]
     for recipe in (recipe for recipe in recipes(study) if recipe.stage in wanted):
         step = Step(recipe, _status(study, workshop.store, recipe))
-        if step.status.state in {"missing", "stale"}:
+        if step.status.state not in {"made", "refused"}:
             materialize(recipe.stage, recipe.slug, study, workshop, instance, log_level)
         yield step
 

@@ -25,7 +25,7 @@ def changes(context: dg.SensorEvaluationContext, workshop: Workshop) -> Iterator
         if not is_built(study, workshop.store):
             continue
         try:
-            stale = [step for step in plan(study, workshop.store) if step.status.state in {"stale", "missing"}]
+            stale = [step for step in plan(study, workshop.store) if step.status.state not in {"made", "refused"}]
         except MindAtlasError as error:  # a folder that is gone today must not stop the others
             context.log.warning(f"{study.name}: {error}")
             continue

@@ -118,7 +118,7 @@ class Made(NamedTuple):
 class Status(NamedTuple):
     """How an artifact stands to its recipe."""
 
-    state: Literal["made", "stale", "missing", "refused"]
+    state: Literal["made", "stale", "missing", "damaged", "refused"]
     why: str
 
 
@@ -168,15 +168,42 @@ class ArtifactStore:
         if manifest is None:
             return Status("missing", "never made")
         if manifest.fingerprint == recipe.fingerprint:
-            return Status("made", "")
+            damage = self.damage(manifest)
+            return Status("damaged", "; ".join(damage.values())) if damage else Status("made", "")
         return Status("stale", "; ".join(_differences(manifest, recipe)))
+
+    def damage(self, manifest: Manifest, *, full: bool = False) -> dict[str, str]:
+        """Files of a finished artifact that are not as they were made, by name, and what is wrong with each.
+
+        The sizes are always looked at, which takes no time; `full` reads every byte too, and compares the SHA-256.
+        """
+        folder, found = self._home(manifest.stage, manifest.slug) / manifest.folder, {}
+        for name, wanted in manifest.files.items():
+            try:
+                size = (folder / name).stat().st_size
+                if size != wanted["bytes"]:
+                    found[name] = f"{name} has {size} bytes and not {wanted['bytes']}"
+                elif full and file_sha256(folder / name) != wanted["sha256"]:
+                    found[name] = f"{name} has other content than was written"
+            except FileNotFoundError:
+                found[name] = f"{name} is missing"
+            except OSError as error:
+                found[name] = f"{name} cannot be read ({error.strerror})"
+        return found
+
+    def remove(self, manifest: Manifest, files: Iterable[str]) -> None:
+        """Remove damaged files of a finished artifact: the next `make` makes them again, and what lies whole stays."""
+        with self._lock(manifest.stage, manifest.slug):
+            for name in files:
+                (self._home(manifest.stage, manifest.slug) / manifest.folder / name).unlink(missing_ok=True)
 
     def make(self, recipe: Recipe, build: Callable[[Draft], dict[str, Any]], *, again: bool = False) -> Made:
         """Return the artifact, made by `build` unless it is there with the right fingerprint.
 
         `build` writes into `draft.folder` and returns the summary (JSON values). A second call for the same artifact,
         in this or another process, waits until the first is done and then finds its result. What exists stays
-        readable until the new version is complete.
+        readable until the new version is complete. An artifact that has lost files, or parts of them, is mended where
+        it lies: the broken files are removed, and `build` goes on from the rest.
 
         Args:
             recipe: what is wanted. Parents are taken as they are on disk; their actual fingerprints are recorded.
@@ -184,14 +211,20 @@ class ArtifactStore:
             again: make it even when it is there.
 
         Raises:
-            ArtifactError: a parent is missing, the disk is full, or the result cannot be written.
+            ArtifactError: a parent is missing or damaged, the disk is full, or the result cannot be written.
         """
-        with self._lock(recipe):
+        with self._lock(recipe.stage, recipe.slug):
             parents, actual, wanted = self._wanted(recipe)
             found = self.manifest(recipe.stage, recipe.slug)
             if found and found.fingerprint == wanted and not again:
-                return self.get(recipe.stage, recipe.slug)
-            name = wanted if not found or found.folder != wanted else f"{wanted}.again"
+                damage = self.damage(found)
+                if not damage:
+                    return self.get(recipe.stage, recipe.slug)
+                name = found.folder
+                for broken in damage:
+                    (self._home(recipe.stage, recipe.slug) / name / broken).unlink(missing_ok=True)
+            else:
+                name = wanted if not found or found.folder != wanted else f"{wanted}.again"
             folder = self._home(recipe.stage, recipe.slug) / name
             folder.mkdir(parents=True, exist_ok=True)
             start = time.monotonic()
@@ -214,6 +247,9 @@ class ArtifactStore:
     def _wanted(self, recipe: Recipe) -> tuple[dict[str, Made], dict[str, str], str]:
         """The parents as they are, by stage; their fingerprints; and the artifact's that follows."""
         parents = {parent.stage: self.get(parent.stage, parent.slug) for parent in recipe.parents}
+        for made in parents.values():
+            if damage := self.damage(made.manifest):
+                raise ArtifactError(f"{made.folder}: {'; '.join(damage.values())}: `mind-atlas run` makes it again")
         actual = {made.manifest.key: made.manifest.fingerprint for made in parents.values()}
         return parents, actual, recipe.fingerprint_from(actual)
 
@@ -262,9 +298,9 @@ class ArtifactStore:
         return self.root / stage / slug
 
     @contextmanager
-    def _lock(self, recipe: Recipe) -> Iterator[None]:
+    def _lock(self, stage: str, slug: str) -> Iterator[None]:
         """One maker at a time; the system frees the lock when its owner dies."""
-        home = self._home(recipe.stage, recipe.slug)
+        home = self._home(stage, slug)
         try:
             home.mkdir(parents=True, exist_ok=True)
         except OSError as error:

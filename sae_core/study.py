@@ -115,6 +115,9 @@ class ActivationSettings(Settings):
     special_tokens: Literal["leave_out", "keep"] = "leave_out"
     """Whether beginning-of-sequence and end-of-text tokens are left out of training and statistics, as sinks are.
     Padding always is."""
+    kept_as: Literal["computed", "float32", "bfloat16", "float16", "int8"] = "computed"
+    """Type the activations are kept in; `computed` is the type of `precision`. `int8` takes half the disk of bfloat16,
+    with a scale for each token; the summary says what that loses, as a fraction of the variance."""
     stored: bool = True
     """Off: only places and sums are kept, and the model runs again whenever activations are read. The result is the
     same to the bit; it takes no disk, and a pass of the model for each pass over the activations."""
@@ -126,8 +129,22 @@ class ActivationSettings(Settings):
     @model_serializer(mode="wrap")
     def _unless_as_always(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         """What could not be set once is none of the fingerprint unless it is set."""
-        later = {"stored": True, "packing": "documents", "sink_positions": 0, "special_tokens": "leave_out"}
+        later = {
+            "stored": True, "packing": "documents", "sink_positions": 0, "special_tokens": "leave_out",
+            "kept_as": "computed",
+        }  # fmt: skip
         return {key: value for key, value in dump(self).items() if key not in later or later[key] != value}
+
+    @model_validator(mode="after")
+    def _kept_at_all(self) -> "ActivationSettings":
+        if self.kept_as != "computed" and not self.stored:
+            raise ValueError(f"kept_as = {self.kept_as} says how, and stored = false that nothing is kept: give one")
+        return self
+
+    @property
+    def dtype(self) -> str:
+        """The type the activations are kept in, by name."""
+        return self.precision if self.kept_as == "computed" else self.kept_as
 
 
 class DictionarySettings(Settings):

@@ -224,6 +224,21 @@ def test_ctrl_c_stops_in_one_line_and_the_next_run_goes_on(tiny_study: Path, tmp
     assert "corpus       tiny: cached" in done.stderr
 
 
+def test_a_damaged_file_is_found_named_removed_and_made_again(home: Path, tmp_path: Path):
+    copy = shutil.copytree(home, tmp_path / "home")
+    (shard,) = copy.glob("activations/*/*/train-00000.safetensors")
+    calm = shard.read_bytes()
+    shard.write_bytes(calm[:-7] + bytes([calm[-7] ^ 4]) + calm[-6:])
+    found = run("verify", "--study", "tiny", "--repair", "--json", home=copy)
+    assert found.returncode == 1
+    damaged = {v["artifact"].partition("/")[0]: v["damage"] for v in json.loads(found.stdout) if v["damage"]}
+    assert damaged == {"activations": {shard.name: f"{shard.name} has other content than was written"}}
+    assert "1 damaged files: removed" in found.stderr
+    assert run("run", "tiny", "--workers", "1", home=copy, check=True).stderr.count(": cached") == 6
+    assert shard.read_bytes() == calm
+    assert "as they were made" in run("verify", home=copy, check=True).stdout
+
+
 def test_a_relative_home_means_one_folder(tiny_study: Path, tmp_path: Path):
     environment = os.environ | {"MIND_ATLAS_HOME": "here"}
     command = [str(MIND_ATLAS), "status", str(tiny_study), "--json"]
@@ -240,5 +255,16 @@ def test_without_an_atlas_one_is_told_how_to_make_it(tmp_path: Path):
 
 def test_help_lists_the_commands():
     done = subprocess.run([str(MIND_ATLAS), "--help"], capture_output=True, text=True, check=True)
-    for command in ("run", "status", "dictionaries", "features", "feature", "explain", "steer", "export", "ui"):
+    for command in (
+        "run",
+        "status",
+        "dictionaries",
+        "features",
+        "feature",
+        "explain",
+        "steer",
+        "export",
+        "verify",
+        "ui",
+    ):
         assert f"  {command} " in done.stdout

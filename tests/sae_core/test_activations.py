@@ -156,7 +156,7 @@ from pathlib import Path
 from sae_core.activations import harvest
 from sae_core.study import ActivationSettings, ModelSettings
 
-def die(done, total, unit):
+def die(done, total, unit, **values):
     if done >= int(sys.argv[5]):
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -190,7 +190,7 @@ def test_a_killed_harvest_goes_on_and_ends_byte_equal(
 def test_an_interrupted_harvest_goes_on_and_ends_byte_equal(
     model: ModelSettings, corpus: Path, made: Path, tmp_path: Path, after: int
 ) -> None:
-    def interrupt(done: int, *_: object) -> None:
+    def interrupt(done: int, *_: object, **__: float) -> None:
         if done >= after:
             raise KeyboardInterrupt
 
