@@ -257,11 +257,11 @@ class ArtifactStore:
         """Checksum, switch the manifest over, and drop what it replaced."""
         for leftover in {*folder.rglob("*.tmp"), *folder.rglob(".*")}:  # a killed run's: ours, and safetensors'
             leftover.unlink()
-        (folder / MANIFEST).unlink(missing_ok=True)
         kept = (path for path in sorted(folder.rglob("*")) if path.is_file() and folder / SCRATCH not in path.parents)
         files = {str(path.relative_to(folder)): _describe(path) for path in kept}
         manifest = replace(manifest, files=files)
-        for home in (folder, folder.parent):  # a copy for whoever goes back to it; then the switch
+        copy = [folder] if manifest.stage == ATLAS else []  # for whoever goes back to this generation
+        for home in (*copy, folder.parent):
             with write_atomically(home / MANIFEST) as path:
                 path.write_text(json.dumps(asdict(manifest), indent=1), "utf-8")
         for other in (folder / SCRATCH, *self.unused(manifest)):
