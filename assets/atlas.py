@@ -5,6 +5,7 @@ from typing import Any
 import dagster as dg
 
 from assets.activations import activations
+from assets.checks import specs
 from assets.corpus import corpus
 from assets.dictionary import dictionary
 from assets.feature_map import feature_map
@@ -34,6 +35,7 @@ AtlasRun = launchpad(RetrainingSettings)
     group_name="atlas",
     kinds={"parquet"},
     code_version=str(VERSIONS["atlas"]),
+    check_specs=specs("atlas"),
 )
 def atlas(context: dg.AssetExecutionContext, config: AtlasRun, workshop: Workshop) -> dg.MaterializeResult:
     """The generation that readers see: promoted when no check fails and nothing is worse than in the one before."""
