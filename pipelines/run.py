@@ -16,7 +16,7 @@ from assets.neighbors import neighbors
 from assets.partitions import corpora, dictionaries, sites
 from assets.resources import STUDY_TAG, Workshop
 from sae_core.artifacts import ATLAS, ArtifactStore, Recipe, Status
-from sae_core.promotion import why_refused
+from sae_core.generations import why_refused
 from sae_core.stages import VERSIONS, recipes
 from sae_core.study import Study
 

@@ -22,6 +22,7 @@ from sae_core.artifacts import (
     Manifest,
     write_atomically,
 )
+from sae_core.study import RetrainingSettings
 
 REFUSED = "refused.json"
 READERS = ".readers"
@@ -147,6 +148,17 @@ def refused(store: ArtifactStore, dictionary: str) -> dict[str, str]:
     """Fingerprints of what is not to be served, and why."""
     path = store.root / ATLAS / dictionary / REFUSED
     return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+
+def refusal(fingerprint: str, settings: RetrainingSettings) -> str:
+    """What a refusal is remembered by: it holds until what is refused, or the bounds, change."""
+    return f"{fingerprint} {settings.fingerprint()}"
+
+
+def why_refused(store: ArtifactStore, dictionary: str, fingerprint: str, settings: RetrainingSettings) -> str:
+    """Why the atlas of a fingerprint was refused; empty when it was not."""
+    known = refused(store, dictionary)
+    return known.get(refusal(fingerprint, settings), known.get(fingerprint, ""))
 
 
 def _read(folder: Path) -> Generation:

@@ -22,7 +22,7 @@ from sae_core.artifacts import ArtifactStore, Made, write_atomically
 from sae_core.checks import Verdict
 from sae_core.dictionary import Dictionary
 from sae_core.errors import MindAtlasError
-from sae_core.generations import Snapshot, refuse, refused, served, write_generation
+from sae_core.generations import Snapshot, refusal, refuse, served, write_generation
 from sae_core.lineage import LINEAGE
 from sae_core.metrics import measure
 from sae_core.study import RetrainingSettings
@@ -95,17 +95,6 @@ def build_atlas(
         "kept_share": _kept_share(fates),
         **dict(sorted(fates.items())),
     }
-
-
-def refusal(fingerprint: str, settings: RetrainingSettings) -> str:
-    """What a refusal is remembered by: it holds until what is refused, or the bounds, change."""
-    return f"{fingerprint} {settings.fingerprint()}"
-
-
-def why_refused(store: ArtifactStore, dictionary: str, fingerprint: str, settings: RetrainingSettings) -> str:
-    """Why the atlas of a fingerprint was refused; empty when it was not."""
-    known = refused(store, dictionary)
-    return known.get(refusal(fingerprint, settings), known.get(fingerprint, ""))
 
 
 def _sample(activations: Activations) -> Float[Tensor, "tokens d_model"]:
