@@ -56,5 +56,9 @@ def _describe(made: Made) -> dict[str, Any]:
     summary = made.manifest.summary
     rows = [{key: str(value) for key, value in row.items()} for row in summary["examples"]]
     examples = {"examples": dg.MetadataValue.table([dg.TableRecord(row) for row in rows])} if rows else {}
-    examples = score_histograms(summary["scores"]) | examples
-    return examples | ({"dollars": "unknown: no table has this model's price"} if summary["dollars"] is None else {})
+    pictures = score_histograms(summary["scores"])
+    return (
+        pictures
+        | examples
+        | ({"dollars": "unknown: no table has this model's price"} if summary["dollars"] is None else {})
+    )

@@ -113,13 +113,13 @@ class Scorer:
         """The written labels among `rows` with their texts, in order; none for a feature with too few texts."""
         written = [row for row in rows if row.label]
         asked = {row.feature for row in rows}
-        names = [*written, *(row for row in others if row.label and row.feature not in asked)]
+        named = [*written, *(row for row in others if row.label and row.feature not in asked)]
         found = []
         for done, row in enumerate(written, 1):
             report(done, len(written), "scored")
             items = self._items(row)
             if sum(item.fires for item in items) >= LEAST and any(not item.fires for item in items):
-                other = shuffled_from(row, names, self.settings.seed)
+                other = shuffled_from(row, named, self.settings.seed)
                 names = Names(row.label, other.label if other else None, row.lexical)
                 found.append(Trial(row.feature, names, other.feature if other else None, items))
         return found
