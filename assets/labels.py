@@ -7,7 +7,9 @@ from pydantic import Field
 
 from assets.checks import specs
 from assets.features import features
+from assets.neighbors import neighbors
 from assets.partitions import dictionaries
+from assets.plots import score_histograms
 from assets.resources import Workshop, launchpad
 from sae_core.artifacts import Draft, Made
 from sae_core.progress import Report
@@ -29,7 +31,7 @@ class LabelsRun(launchpad(LabelSettings)):  # type: ignore[misc]
 
 @dg.asset(
     partitions_def=dictionaries,
-    deps=[features],
+    deps=[features, neighbors],
     group_name="labels",
     kinds={"openai", "parquet"},
     code_version=str(VERSIONS["labels"]),
@@ -39,11 +41,13 @@ class LabelsRun(launchpad(LabelSettings)):  # type: ignore[misc]
 def labels(context: dg.AssetExecutionContext, config: LabelsRun, workshop: Workshop) -> dg.MaterializeResult:
     """Labels through any OpenAI-compatible endpoint, or a local llama.cpp server; a lexical label for every feature."""
     from sae_core.labels import build_labels
+    from sae_core.labels.scoring.score import Ground
 
     def build(order: Order, draft: Draft, report: Report) -> dict[str, Any]:
         features, key = draft.parents["features"].folder, workshop.api_key or None
         finished = workshop.finished(draft) if config.only else None
-        return build_labels(order.study.labels, features, draft.folder, report, key, config.only, finished)
+        ground = Ground(order.study.model, draft.parents["neighbors"].folder)
+        return build_labels(order.study.labels, features, draft.folder, report, key, config.only, finished, ground)
 
     return workshop.make(context, "labels", config, build, _describe)
 
@@ -52,4 +56,9 @@ def _describe(made: Made) -> dict[str, Any]:
     summary = made.manifest.summary
     rows = [{key: str(value) for key, value in row.items()} for row in summary["examples"]]
     examples = {"examples": dg.MetadataValue.table([dg.TableRecord(row) for row in rows])} if rows else {}
-    return examples | ({"dollars": "unknown: no table has this model's price"} if summary["dollars"] is None else {})
+    pictures = score_histograms(summary["scores"])
+    return (
+        pictures
+        | examples
+        | ({"dollars": "unknown: no table has this model's price"} if summary["dollars"] is None else {})
+    )

@@ -48,8 +48,9 @@ def launchpad(settings: type[Settings], *named: str) -> type[dg.Config]:
     fields: dict[str, Any] = {"again": (bool, Field(False, description="Make it again even when it is up to date."))}
     for name, field in settings.model_fields.items():
         annotation, choices = field.annotation, ""
-        if get_origin(annotation) is Literal:  # Dagster has no optional choice, so say them in words
-            choices, annotation = f" One of {', '.join(get_args(annotation))}.", str
+        of = get_args(annotation)[0] if get_origin(annotation) is list else annotation
+        if get_origin(of) is Literal:  # Dagster has no optional choice, so say them in words
+            choices, annotation = f" One of {', '.join(get_args(of))}.", str if of is annotation else list[str]
         if name not in named:
             text = f"{field.description or ''}{choices} Empty: what the study says."
             fields[name] = (annotation | None, Field(None, description=text))  # type: ignore[operator]

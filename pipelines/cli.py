@@ -247,14 +247,14 @@ def verify(study: str, repair: bool, json_: bool) -> None:
 @as_json
 def features(words: tuple[str, ...], limit: int, study: str, dictionary: str, json_: bool) -> None:
     """Find features by WORDS in their labels, examples and promoted tokens."""
-    from pipelines.console import out, print_json, table
+    from pipelines.console import doubted, out, print_json, table
 
     atlas = _atlas(study, dictionary)
     hits = atlas.search(" ".join(words), limit)
     if json_:
         print_json(hits)
     elif hits:
-        rows = [(h.feature, h.label, h.score, h.density, h.why) for h in hits]
+        rows = [(h.feature, doubted(h.label, h.beats_control), h.score, h.density, h.why) for h in hits]
         out.print(table(("feature", "label", "score", "density", "found in"), rows))
     else:
         out.print("nothing found: try fewer or other words", markup=False)

@@ -7,7 +7,7 @@ from rich.columns import Columns
 from rich.panel import Panel
 from rich.text import Text
 
-from pipelines.console import out, print_json, table, tokens
+from pipelines.console import doubted, out, print_json, table, tokens
 from sae_core.artifacts import ArtifactStore
 from sae_core.atlas import FeatureCard
 from sae_core.checks import verdicts
@@ -77,9 +77,12 @@ def show_feature(card: FeatureCard, limit: int) -> None:
     """One feature: label, statistics, promoted tokens, examples with highlighted tokens, neighbors."""
     row = card.row
     out.print(f"[bold]feature {row.feature}[/bold]", end="  ")
-    out.print(card.name or "no label yet", markup=False)
+    beats_control = card.label.get("beats_control") if card.label else None
+    out.print(doubted(card.name, beats_control) or "no label yet", markup=False)
     if card.label and card.label["description"]:
         out.print(f"{card.label['description']}  [{card.label['kind']}; by {card.label['model']}]", markup=False)
+    if card.label and card.label.get("scores"):
+        _show_scores(card.label)
     if row.is_dead:
         out.print("dead: it never fires on the corpus", markup=False)
     out.print(
@@ -122,6 +125,27 @@ def show_labels(rows: Sequence[LabelRow], json_: bool) -> None:
     out.print(table(("feature", "label", "kind", "status", "dollars"), cells))
     for row in (row for row in rows if row.error):
         out.print(f"feature {row.feature}: {row.error}", markup=False)
+
+
+def _show_scores(label: dict[str, Any]) -> None:
+    """Each score with its interval, beside the controls' and by where the silent texts come from."""
+    headers = (
+        "scorer", "score", "95% interval", "another's label", "lexical label", "random", "nearest", "neighbor",
+        "no answer", "texts",
+    )  # fmt: skip
+    rows = [
+        (
+            s["scorer"], _cell(s["score"]), f"{_cell(s['low'])} to {_cell(s['high'])}", _cell(s["shuffled"]),
+            _cell(s["lexical"]), *(_cell(s[stratum]) for stratum in ("random", "nearest", "neighbor")),
+            f"{s['failed']:.0%}", f"{s['n_firing']} + {s['n_silent']}",
+        )
+        for s in label["scores"]
+    ]  # fmt: skip
+    out.print(table(headers, rows))
+
+
+def _cell(score: float | None) -> str:
+    return "-" if score is None else f"{score:.2f}"
 
 
 def show_side_by_side(answers: dict[str, Any]) -> None:

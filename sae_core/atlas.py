@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _TABLES = {
     "features": ("features", "features.parquet"),
     "examples": ("features", "examples.parquet"),
+    "windows": ("features", "windows.parquet"),
     "labels": ("labels", "labels.parquet"),
     "neighbors": ("neighbors", "neighbors.parquet"),
     "map": ("feature_map", "map.parquet"),
@@ -68,6 +69,8 @@ class Hit:
     why: str
     """Where it was found, with the text around."""
     density: float
+    beats_control: bool | None = None
+    """Whether the label did better than another feature's on text that its writer did not see; None: not scored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +192,10 @@ class Atlas:
             SELECT feature, total, why, density FROM best JOIN features USING (feature)
             ORDER BY total DESC, feature LIMIT ?"""
         rows = self._query(found, [*(part for term in terms for part in (term, _pattern(term))), limit])
-        return [Hit(i, self.name(i), score, _why(**why), density) for i, score, why, density in rows]
+        return [
+            Hit(i, self.name(i), score, _why(**why), density, self._beats_control.get(i))
+            for i, score, why, density in rows
+        ]
 
     def feature(self, feature: int, neighbors: int = 10) -> FeatureCard:
         """Everything about one feature. Raises FeatureError when there is no such feature."""
@@ -229,6 +235,12 @@ class Atlas:
         if "labels" not in self._tables:
             return {}
         return dict(self._query("SELECT feature, coalesce(nullif(label, ''), lexical, '') FROM labels"))
+
+    @cached_property
+    def _beats_control(self) -> dict[int, bool]:
+        if "scores" not in self._tables:  # labels made before there were any
+            return {}
+        return dict(self._query("SELECT feature, beats_control FROM labels WHERE beats_control IS NOT NULL"))
 
     def _ensure_texts(self) -> None:
         """Gather, once, everything that is searched in one table in memory."""
@@ -296,6 +308,12 @@ def _create_views(database: duckdb.DuckDBPyConnection, store: ArtifactStore, slu
         if selects:
             database.execute(f"CREATE VIEW {table} AS {' UNION ALL BY NAME '.join(selects)}")
             made.append(table)
+    if "labels" in made and "scores" in {row[0] for row in database.execute("DESCRIBE labels").fetchall()}:
+        database.execute(
+            "CREATE VIEW scores AS SELECT dictionary, feature, label, beats_control, shuffled_from, "
+            "unnest(scores, max_depth := 2) FROM labels"
+        )
+        made.append("scores")
     return made
 
 

@@ -1,7 +1,7 @@
 """The stages of an atlas and what each is made from: the one place that knows the shape of the pipeline.
 
     corpus -> activations -> dictionary -> features -> labels
-                                       -> neighbors
+                                       -> neighbors -> labels
                                        -> feature_map    and, of all together: atlas
 
 A stage's version is raised when its code gives another result for the same settings.
@@ -16,7 +16,7 @@ from sae_core.settings import Settings
 from sae_core.study import CorpusSettings, DictionarySettings, LabelSettings, ModelSettings, Study
 
 VERSIONS = {
-    "corpus": 1, "activations": 1, "dictionary": 2, "features": 1, "neighbors": 1, "feature_map": 1, "labels": 2,
+    "corpus": 1, "activations": 1, "dictionary": 2, "features": 2, "neighbors": 1, "feature_map": 1, "labels": 3,
     "atlas": 1,
 }  # fmt: skip
 
@@ -46,7 +46,7 @@ def _dictionary_recipes(
     yield features
     neighbors = _recipe("neighbors", slug, _settings(study.neighbors), trained)
     feature_map = _recipe("feature_map", slug, _settings(study.feature_map), trained)
-    labels = _recipe("labels", slug, _label_settings(study.labels), features)
+    labels = _recipe("labels", slug, _label_settings(study.labels), features, neighbors)
     yield from (neighbors, feature_map, labels)
     yield _recipe("atlas", slug, {}, corpus, activations, trained, features, neighbors, feature_map, labels)
 

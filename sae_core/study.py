@@ -24,6 +24,7 @@ PENALIZED = {"relu": 5.0, "gated": 1.0, "jump_relu_tanh": 5.0}
 `relu`: Templeton et al. 2024. `gated`: SAELens's default; what SAEBench trained (0.012 to 0.08 at E|x|^2 = 1) is 0.3 to
 1.9 at a d_model of 576. `jump_relu_tanh`: SAELens's documentation; Anthropic had 10 or more, on larger models.
 """
+Scorer = Literal["embedding", "detection", "fuzzing"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Packing = Literal["documents", "concat"]
 
@@ -233,6 +234,8 @@ class FeatureSettings(Settings):
     """Examples drawn at random from each level."""
     context_tokens: int = Field(32, ge=2)
     """Tokens of context kept with an example."""
+    windows: int = Field(512, ge=1)
+    """Windows of text, at most one in a block, kept with every firing in them: where a feature does not fire."""
     promoted_tokens: int = Field(12, ge=1)
     """Tokens listed whose logit the feature raises most, and as many that it lowers most."""
     seed: int = 0
@@ -280,6 +283,14 @@ class LabelSettings(Settings):
     """Sampling temperature; 0 takes the most likely answer."""
     seed: int = 0
     """Choice of the examples shown, and of the sampling where the server takes one."""
+    scorers: list[Scorer] = Field(["embedding", "detection", "fuzzing"])
+    """How labels are scored, on examples from other documents than those shown; detection and fuzzing ask `model`."""
+    score_examples: int = Field(12, ge=2)
+    """Texts in which the feature fires, of which a label is scored on at most so many, and as many in which it does
+    not. Paulo et al. 2024 take 100, which wants `features.level_examples` of 20 or more."""
+    judged: int | None = Field(None, ge=0)
+    """Features scored by detection and fuzzing, the first ones; default: all at an endpoint, 2 with a local model,
+    which on two cores should take about a minute for each (by its reading speed; not measured yet)."""
     max_dollars: float | None = Field(None, ge=0)
     """Most that the labels may cost; a request that might go beyond it is not sent, and what is written is kept."""
     max_requests: int | None = Field(None, ge=0)
@@ -315,6 +326,10 @@ class CheckSettings(Settings):
     """Least recall@10 of the neighbor index against exact search."""
     labeled_min: Share = 0.8
     """Least share of the asked-for features that got a written label."""
+    scored_min: Share = 0.8
+    """Least share of the written labels that got a score."""
+    beats_control_min: Share = 0.5
+    """Least share of the scored labels that do better than another feature's label does in their place."""
     label_failures_max: Share = 0.1
     """Largest share of the features asked about whose answers could not be used."""
 

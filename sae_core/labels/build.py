@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from sae_core.labels.endpoint import label_writer
 from sae_core.labels.labeler import Labeler, Outcome, Record
 from sae_core.labels.lexical import lexical_label
 from sae_core.labels.reader import ATTEMPTS, LABELS, SCHEMA, LabelError, LabelRow, Labels
+from sae_core.labels.scoring.score import Ground, Scored, score_labels
 from sae_core.progress import Report, silent
 from sae_core.study import LabelSettings
 
@@ -35,7 +36,7 @@ _SHOWN = 10  # labels in the summary
 
 def build_labels(
     settings: LabelSettings, features: Path, folder: Path, report: Report = silent, api_key: str | None = None,
-    only: Sequence[int] = (), finished: Path | None = None,
+    only: Sequence[int] = (), finished: Path | None = None, ground: Ground | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write `labels.parquet` (a row for every feature) and add to `attempts.jsonl`, in `folder`.
 
@@ -50,11 +51,14 @@ def build_labels(
         api_key: the endpoint's key; default: OPENAI_API_KEY from the environment. It is kept nowhere.
         only: features to ask about, in place of those that the settings choose; with `finished`.
         finished: folder of finished labels, from which the rows of all other features are taken.
+        ground: what labels are scored with; without it none is.
 
     Returns:
         Numbers of features by status, the share `labeled` of those to be asked about and `failed` of those that were,
         tokens, `dollars` (None where the price is not known), the share `spent` of the budget, why it was `stopped`
-        when that was used up, seconds a label in this run, and the first ten written labels with an example each.
+        when that was used up, seconds a label in this run, and the first ten written labels with an example each;
+        the shares of written labels that were `scored`, and of these that are better than the control, and for each
+        scorer all scores with the controls'.
 
     Raises:
         LabelError: there is no label writer, it refuses the key, it does not know the model, or it stopped answering;
@@ -67,17 +71,21 @@ def build_labels(
         _copy_attempts(finished, folder)
     start = time.monotonic()
     outcomes: list[Outcome] = []
+    others = Labels.open(finished).rows() if finished else []
+    scored = Scored({}, "")
     summary: dict[str, Any] = {"stopped": "", "spent": 0.0}
     if chosen:
         key = api_key or os.environ.get("OPENAI_API_KEY") or "none"  # many servers want none; one that does says so
         with _recorder(folder / ATTEMPTS) as record, label_writer(settings, key, report) as client:
             labeler = Labeler(client, source, settings, record)
-            outcomes = asyncio.run(_ask(labeler, chosen, settings.concurrency if settings.base_url else 1, report))
-            summary = {"stopped": labeler.stopped, "spent": client.budget.share}
+            at_once = settings.concurrency if settings.base_url else 1
+            outcomes, scored = asyncio.run(_ask(labeler, chosen, at_once, report, ground, others))
+            summary = {"stopped": labeler.stopped or scored.stopped, "spent": client.budget.share}
     summary["seconds_per_label"] = round((time.monotonic() - start) / len(outcomes), 3) if outcomes else 0.0
     rows = _rows(source.table(), settings, {outcome.feature: outcome for outcome in outcomes})
+    rows = [replace(row, **scored.fields.get(row.feature, {})) for row in rows]
     if finished:
-        rows = _merged(Labels.open(finished).rows(), rows, {outcome.feature for outcome in outcomes})
+        rows = _merged(others, rows, {outcome.feature for outcome in outcomes})
     with write_atomically(folder / LABELS) as path:
         pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], SCHEMA), path)
     return _summary(source, settings, rows) | summary
@@ -128,9 +136,19 @@ def _copy_attempts(finished: Path, folder: Path) -> None:
             shutil.copyfile(finished / ATTEMPTS, path)
 
 
-async def _ask(labeler: Labeler, chosen: Sequence[int], at_once: int, report: Report) -> list[Outcome]:
+async def _ask(
+    labeler: Labeler, chosen: Sequence[int], at_once: int, report: Report, ground: Ground | None,
+    others: Sequence[LabelRow],
+) -> tuple[list[Outcome], Scored]:  # fmt: skip
+    """What came of asking, and how good the labels are that did."""
+    source, settings = labeler.features, labeler.settings
     try:
-        return await labeler.label_all(chosen, at_once, report)
+        outcomes = await labeler.label_all(chosen, at_once, report)
+        if ground is None:
+            return outcomes, Scored({}, "")
+        rows = [_asked(outcome, lexical_label(source.feature(outcome.feature)), settings) for outcome in outcomes]
+        judged_by, record = labeler.client, labeler.record
+        return outcomes, await score_labels(judged_by, rows, others, source, settings, ground, record, at_once, report)
     finally:
         await labeler.client.close()
 
@@ -196,6 +214,22 @@ def _summary(source: Features, settings: LabelSettings, rows: Sequence[LabelRow]
             {"feature": row.feature, "label": row.label, "description": row.description, "example": _shown(source, row)}
             for row in written[:_SHOWN]
         ],
+    } | _score_summary(written)
+
+
+def _score_summary(written: Sequence[LabelRow]) -> dict[str, Any]:
+    """How many labels were scored, how many of these beat the control, and every score beside the controls'."""
+    scored = [row for row in written if row.scores]
+    compared = [row.beats_control for row in scored if row.beats_control is not None]
+    scores: dict[str, dict[str, list[float | None]]] = {}
+    for score in (score for row in scored for score in row.scores):
+        found = scores.setdefault(score.scorer, {"score": [], "shuffled": [], "lexical": []})
+        for name, values in found.items():
+            values.append(getattr(score, name))
+    return {
+        "scored": len(scored) / len(written) if written else 1.0,
+        "beats_control": sum(compared) / len(compared) if compared else 1.0,
+        "scores": scores,
     }
 
 

@@ -85,7 +85,7 @@ class Labeler:
                 report(len(outcomes), len(chosen), "labels", failed=failed, dollars=self.client.budget.dollars)
 
         self._give_up_after = min(_GIVE_UP_AFTER, len(chosen))
-        await _all([work() for _ in range(min(concurrency, len(chosen)))])
+        await run_all([work() for _ in range(min(concurrency, len(chosen)))])
         self.stopped = self.stopped if todo else ""
         return [outcomes[feature] for feature in chosen if feature in outcomes]
 
@@ -144,7 +144,7 @@ class Labeler:
         self.record(told | usage._asdict() | {"dollars": self.client.budget.price(usage)} | answered)
 
 
-async def _all(work: Sequence[Awaitable[None]]) -> None:
+async def run_all(work: Sequence[Awaitable[None]]) -> None:
     """Run all to their ends; the first error ends the others and is raised as it is."""
     tasks = [asyncio.ensure_future(w) for w in work]
     try:
