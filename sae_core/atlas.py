@@ -53,20 +53,6 @@ _SNIPPET = 40  # characters shown on each side of a match
 _UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 
 
-SORTS = {
-    "relevance": "total DESC",
-    "density": "density DESC",
-    "rarity": "density",
-    "strength": "max_act DESC",
-    "score": "label_score DESC NULLS LAST",
-    "number": "feature",
-}
-"""How found features may be sorted."""
-
-SCORES = ("score", "detection", "fuzzing", "confidence")
-"""Columns of the labels table that say how far to believe a label, the best to go by first."""
-
-
 class SearchError(MindAtlasError):
     """A search that cannot be made."""
 
@@ -157,6 +143,22 @@ class Filters(NamedTuple):
     """Leave out features that never fire."""
 
 
+ALL = Filters()
+
+SORTS = {
+    "relevance": "total DESC",
+    "density": "density DESC",
+    "rarity": "density",
+    "strength": "max_act DESC",
+    "score": "label_score DESC NULLS LAST",
+    "number": "feature",
+}
+"""How found features may be sorted."""
+
+SCORES = ("score", "detection", "fuzzing")
+"""Columns of the labels table that say how far to believe a label, the best to go by first."""
+
+
 class Atlas:
     """What is known of one dictionary's features. Safe to use from several threads."""
 
@@ -196,7 +198,7 @@ class Atlas:
         return self._names.get(feature, "")
 
     def search(
-        self, query: str, limit: int = 20, filters: Filters = Filters(), sort: str = "relevance", offset: int = 0
+        self, query: str, limit: int = 20, filters: Filters = ALL, sort: str = "relevance", offset: int = 0
     ) -> list[Hit]:
         """Features by words: in labels, in the tokens they promote or fire on, and in their examples' text.
 
@@ -228,20 +230,25 @@ class Atlas:
         parameters = [part for term in terms for part in (term, _pattern(term))]
         return self._hits(found, parameters, filters, sort, limit, offset)
 
-    def browse(self, limit: int = 20, filters: Filters = Filters(), sort: str = "number", offset: int = 0) -> list[Hit]:
+    def browse(self, limit: int = 20, filters: Filters = ALL, sort: str = "number", offset: int = 0) -> list[Hit]:
         """Features that pass the filters, without a search. Raises SearchError when there is no such order."""
         return self._hits("SELECT feature, 0.0 AS total, NULL AS why FROM features", [], filters, sort, limit, offset)
 
     def multilingual(self, limit: int = 20) -> list[Hit]:
-        """Features whose examples come from the most languages, most first; none where languages are not known."""
+        """Features whose strongest examples are spread most evenly over languages (largest entropy first).
+
+        None where the languages of documents are not known.
+        """
         if "documents" not in self._tables or "language" not in self._columns("documents"):
             return []
         found = """
-            SELECT feature, count(DISTINCT language)::DOUBLE AS total, {field: 'languages', term: '',
-                text: string_agg(DISTINCT language, ', ' ORDER BY language)} AS why
-            FROM examples JOIN documents USING (document) WHERE language <> ''
-            GROUP BY feature HAVING total > 1"""
-        return self._hits(found, [], Filters(), "relevance", limit, 0)
+            SELECT feature, -sum(n / total * ln(n / total)) AS total, {field: 'languages', term: '',
+                text: string_agg(language, ', ' ORDER BY n DESC, language)} AS why
+            FROM (SELECT feature, language, count(*) AS n, sum(count(*)) OVER (PARTITION BY feature) AS total
+                  FROM examples JOIN documents USING (document) WHERE language <> '' AND examples.kind = 'top'
+                  GROUP BY feature, language)
+            GROUP BY feature HAVING count(*) > 1"""
+        return self._hits(found, [], ALL, "relevance", limit, 0)
 
     def documents(self, numbers: Iterable[int]) -> dict[int, dict[str, str]]:
         """Source, title and language of documents, by number; nothing for those that are not there any more."""

@@ -118,3 +118,21 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+@pytest.fixture(scope="session")
+def tiny_atlas(tiny_study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Root of a store that holds the tiny study's whole atlas, made by the pipeline. To be read only."""
+    import dagster as dg
+
+    from assets.partitions import STUDIES
+    from assets.resources import Workshop
+    from pipelines.run import ASSETS
+    from sae_core.stages import recipes
+
+    root = tmp_path_factory.mktemp("tiny-atlas")
+    for recipe in recipes(STUDIES.get("tiny")):
+        workshop = Workshop(root=str(root), device="cpu")
+        asset = recipe.stage
+        dg.materialize(ASSETS, selection=[asset], partition_key=recipe.slug, resources={"workshop": workshop})
+    return root

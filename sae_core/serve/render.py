@@ -1,5 +1,6 @@
 """Templates, and how tokens and numbers are shown. Everything is escaped: templates hold the only markup."""
 
+import codecs
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -11,10 +12,12 @@ from fastapi import Request
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.responses import HTMLResponse
 
+from sae_core.display import shown_bytes
+
 STEPS = 10
 """Shades of the activation scale above nothing (classes `a1` to `a10` of the style sheet)."""
 
-_FRAGMENT = re.compile(r" ?(?:\\x[0-9a-f]{2})+")
+_SHOWN = re.compile("‹[0-9a-f]{2}›")
 _CONTROLS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {0x7F: "\u2421"}
 
 
@@ -45,55 +48,63 @@ def step(act: float, maximum: float) -> int:
     return min(STEPS, max(1, math.ceil(STEPS * act / maximum))) if act > 0 and maximum > 0 else 0
 
 
-def pieces(tokens: Sequence[str], acts: Sequence[float], maximum: float) -> Iterator[Piece]:
-    """Tokens as a person reads them: bytes joined into characters where they make some, plain stretches in one.
+def pieces(tokens: Sequence[str], acts: Sequence[float], maximum: float, *, trim: bool = False) -> Iterator[Piece]:
+    """Tokens as a person reads them: characters that tokens cut are whole, plain stretches in one, spaces unshaded.
 
-    A character whose bytes are several tokens is shaded by the largest of their activations.
+    A character stands with the token that ends it, in the shade of the largest activation of the tokens it is all of.
+    `trim` drops the space before the first of them.
     """
     plain = ""
-    for strings, values in _joined(tokens, acts):
-        text, whole = _characters(strings)
-        act = max(values)
-        if act <= 0 and whole:
+    if trim and tokens and tokens[0].startswith(" "):
+        tokens = [tokens[0][1:], *tokens[1:]]
+    for text, values, is_bytes in _characters(tokens, acts):
+        if max(values) <= 0 and not is_bytes:
             plain += text
             continue
+        if text.startswith(" ") and len(text) > 1:
+            plain, text = plain + " ", text[1:]
         if plain:
             yield Piece(plain, 0, "")
             plain = ""
-        told = ", ".join(number(value) for value in values)
-        yield Piece(text, step(act, maximum), told if act > 0 else "", not whole)
+        shade = step(max(values), maximum)
+        yield Piece(text, shade, ", ".join(number(value) for value in values) if shade else "", is_bytes)
     if plain:
         yield Piece(plain, 0, "")
 
 
-def _joined(tokens: Sequence[str], acts: Sequence[float]) -> Iterator[tuple[list[str], list[float]]]:
-    """Runs of byte fragments together, every other token alone."""
-    strings: list[str] = []
-    values: list[float] = []
-    for token, act in zip(tokens, acts, strict=True):
-        fragment = _FRAGMENT.fullmatch(token) is not None
-        if strings and (not fragment or token.startswith(" ")):
-            yield strings, values
-            strings, values = [], []
-        if fragment:
-            strings, values = [*strings, token], [*values, act]
-        else:
-            yield [token], [act]
-    if strings:
-        yield strings, values
+def _characters(tokens: Sequence[str], acts: Sequence[float]) -> Iterator[tuple[str, list[float], bool]]:
+    """Whole characters, the activations of the tokens they come from, and whether they are bytes that make none."""
+    rest, values = b"", []
+    for string, act in zip(tokens, acts, strict=True):
+        raw, values = rest + shown_bytes(string), [*values, act]
+        whole = _whole(raw)
+        text, rest = raw[:whole].decode("utf-8", "mind_atlas_bytes"), raw[whole:]
+        if text:
+            yield visible(text), values, _SHOWN.search(text) is not None
+            values = []
+    if rest:
+        yield rest.decode("utf-8", "mind_atlas_bytes"), values or [0.0], True
 
 
-def _characters(strings: list[str]) -> tuple[str, bool]:
-    """The text of a run of tokens, and whether it is whole characters."""
-    text = "".join(strings)
-    if not _FRAGMENT.fullmatch(strings[0]):
-        return visible(text), True
-    lead = " " if text.startswith(" ") else ""
-    raw = bytes.fromhex(text.strip().replace("\\x", ""))
-    try:
-        return lead + visible(raw.decode()), True
-    except UnicodeDecodeError:
-        return f"{lead}‹{raw.hex(' ')}›", False
+def _whole(raw: bytes) -> int:
+    """How many bytes there are before a last character that is not complete."""
+    for back in range(1, min(4, len(raw) + 1)):
+        lead = raw[-back]
+        if lead >= 0xC0:
+            width = 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
+            return len(raw) - back if width > back else len(raw)
+        if lead < 0x80:
+            break
+    return len(raw)
+
+
+def _byte_codes(error: UnicodeError) -> tuple[str, int]:
+    """Bytes that are no character, by their codes."""
+    assert isinstance(error, UnicodeDecodeError)
+    return f"‹{error.object[error.start : error.end].hex(' ')}›", error.end
+
+
+codecs.register_error("mind_atlas_bytes", _byte_codes)
 
 
 def visible(text: str) -> str:
@@ -101,9 +112,9 @@ def visible(text: str) -> str:
     return text.replace("\n", "⏎").replace("\t", "⇥").translate(_CONTROLS)
 
 
-def lines(text: str) -> str:
-    """As `visible`, with the lines still broken."""
-    return visible(text).replace("⏎", "⏎\n")
+def broken(text: str) -> str:
+    """`visible` text with its lines broken after the sign of it."""
+    return text.replace("⏎", "⏎\n")
 
 
 def token(text: str) -> str:
@@ -112,14 +123,20 @@ def token(text: str) -> str:
     return "␣" + shown[1:] if shown.startswith(" ") else shown
 
 
+def found_in(text: str, query: str) -> list[tuple[str, bool]]:
+    """A text in parts, and which of them are words of the query."""
+    words = sorted(map(re.escape, query.split()), key=len, reverse=True)
+    parts = re.split(f"({'|'.join(words)})", text, flags=re.IGNORECASE) if words else [text]
+    return [(part, i % 2 == 1) for i, part in enumerate(parts) if part]
+
+
 def number(value: float | None) -> str:
     """Three significant digits, thousands parted."""
     if value is None or not math.isfinite(value):
         return "–"
-    if abs(value) >= 1000 or value == int(value):
+    if value == 0 or abs(value) >= 1000:
         return f"{value:,.0f}"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:.{min(digits, 6)}f}"
+    return f"{value:.{min(2 - math.floor(math.log10(abs(value))), 6)}f}"
 
 
 def percent(share: float | None) -> str:
@@ -151,8 +168,8 @@ _TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_TEMPLATES.filters |= {"number": number, "percent": percent, "token": token, "visible": visible, "lines": lines}
-_TEMPLATES.globals |= {"pieces": pieces, "bars": bars, "step": step, "feature_path": feature_path}
+_TEMPLATES.filters |= {"number": number, "percent": percent, "token": token, "visible": visible, "broken": broken}
+_TEMPLATES.globals |= {"pieces": pieces, "found_in": found_in, "bars": bars, "step": step, "feature_path": feature_path}
 
 
 def page(request: Request, template: str, *, status: int = 200, **values: Any) -> HTMLResponse:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from sae_core.artifacts import ArtifactStore
 from sae_core.atlas import Atlas, Filters, Hit
 from sae_core.corpus import Corpus
+from sae_core.display import shown_bytes
 from sae_core.errors import MindAtlasError
 from sae_core.features import Example, FeatureRow
 from sae_core.names import DictionarySpec
@@ -333,23 +334,17 @@ def overview(atlas: Atlas, slugs: list[str], studies: Studies) -> Overview:
 
 def _lists(atlas: Atlas) -> Iterable[Listed]:
     """Lists of features worth a look; those that hold none are left out."""
-    hits = atlas.browse(_LISTED, Filters(written=True), "score")
+    scored = "highest score first" if atlas.score_column else "not scored yet"
+    written = atlas.browse(_LISTED, Filters(written=True), "score" if atlas.score_column else "strength")
+    rare = atlas.browse(_LISTED, Filters(alive=True), "rarity")
     lists = [
-        Listed(title="Labels to believe first", about="written labels, highest score first", features=hits),
-        Listed(title="Strongest", about="largest activations", features=atlas.browse(_LISTED, sort="strength")),
-        Listed(
-            title="Most multilingual",
-            about="examples in the most languages",
-            features=atlas.multilingual(_LISTED),
-        ),
-        Listed(title="Always on", about="fire on the most tokens", features=atlas.browse(_LISTED, sort="density")),
-        Listed(
-            title="Rare",
-            about="alive, and fire on the fewest tokens",
-            features=atlas.browse(_LISTED, Filters(alive=True), "rarity"),
-        ),
+        ("Labeled by a model", scored, written),
+        ("Multilingual", "strongest examples spread over languages", atlas.multilingual(_LISTED)),
+        ("Strongest", "largest activations", atlas.browse(_LISTED, sort="strength")),
+        ("Always on", "fire on the most tokens", atlas.browse(_LISTED, sort="density")),
+        ("Rare", "alive, on the fewest tokens", rare),
     ]
-    return (listed for listed in lists if listed.features)
+    return (Listed(title=title, about=about, features=hits) for title, about, hits in lists if hits)
 
 
 def _summary(store: ArtifactStore, stage: str, slug: str) -> dict[str, Any] | None:
@@ -377,7 +372,7 @@ def marked(atlas: Atlas, document: DocumentView, feature: int, position: int) ->
     card = atlas.feature(feature)
     passages = (x for level in _levels(atlas, card.row, card.examples) for x in level.examples)
     here = next((x for x in passages if (x.document, x.position) == (document.document, position)), None)
-    whole = "".join(here.tokens) if here else ""
+    whole = b"".join(map(shown_bytes, here.tokens)).decode("utf-8", "ignore") if here else ""
     if here is None or not whole:
         return None
     about = len(document.text) * position / max(document.n_tokens, 1)
