@@ -21,6 +21,7 @@ from sae_core.errors import MindAtlasError
 from sae_core.features import Example, FeatureRow, Features
 from sae_core.generations import served
 from sae_core.names import DictionarySpec, Site
+from sae_core.settings import DOCUMENTED
 
 if TYPE_CHECKING:
     from sae_core.dictionary import Dictionary
@@ -60,6 +61,8 @@ class SearchError(MindAtlasError):
 @dataclass(frozen=True, slots=True)
 class Hit:
     """A feature that a search found."""
+
+    __pydantic_config__ = DOCUMENTED
 
     feature: int
     label: str
@@ -111,14 +114,19 @@ class FeatureCard:
 class Fired:
     """A feature that fires on a token."""
 
+    __pydantic_config__ = DOCUMENTED
+
     feature: int
     value: float
+    """Its activation."""
     label: str
 
 
 @dataclass(frozen=True, slots=True)
 class ExplainedToken:
     """A token of a text, and the features that fire on it most strongly."""
+
+    __pydantic_config__ = DOCUMENTED
 
     token: str
     features: list[Fired]
@@ -232,7 +240,9 @@ class Atlas:
 
     def browse(self, limit: int = 20, filters: Filters = ALL, sort: str = "number", offset: int = 0) -> list[Hit]:
         """Features that pass the filters, without a search. Raises SearchError when there is no such order."""
-        return self._hits("SELECT feature, 0.0 AS total, NULL AS why FROM features", [], filters, sort, limit, offset)
+        return self._hits(
+            "SELECT feature, 0::DOUBLE AS total, NULL AS why FROM features", [], filters, sort, limit, offset
+        )
 
     def multilingual(self, limit: int = 20) -> list[Hit]:
         """Features whose strongest examples are spread most evenly over languages (largest entropy first).

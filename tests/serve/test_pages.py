@@ -90,7 +90,7 @@ def test_a_feature_page_shows_every_example_with_its_exact_values(client: TestCl
             assert text.replace("\n", "⏎") in read_.text
     titles = {attrs["title"] for tag, attrs in read_.elements if tag == "span" and "a a" in (attrs.get("class") or "")}
     assert f"{max(card.examples[0].acts):.3g}"[:3] in {title[:3] for title in titles if title}
-    assert html.escape(card.name, quote=False) in page.text or html.escape(card.name) in page.text
+    assert card.name in read_.text
     assert f"{card.row.n_fired:,}" in read_.text
     for neighbor in card.neighbors:
         assert path(atlas, neighbor.feature) in page.text
@@ -172,7 +172,9 @@ def test_pages_of_a_search_follow_one_another(client: TestClient):
     assert 'class="more"' not in second
 
 
-@pytest.mark.parametrize("asked", ["min_density=x", "max_density=nan", "sort=DROP TABLE", "cluster=1e99", "q=" + "a" * 501])
+@pytest.mark.parametrize(
+    "asked", ["min_density=x", "max_density=nan", "sort=DROP TABLE", "cluster=1e99", "q=" + "a" * 501]
+)
 def test_a_search_that_makes_no_sense_is_refused_with_the_reason(client: TestClient, asked: str):
     answer = client.get(f"/api/search?{asked}")
     assert answer.status_code == 400
@@ -180,10 +182,14 @@ def test_a_search_that_makes_no_sense_is_refused_with_the_reason(client: TestCli
     assert client.get(f"/search?{asked}").status_code == 400
 
 
-@pytest.mark.parametrize("query", ["%", "'; DROP TABLE texts; --", "[(", "a\0b", "%ED%A0%80", "\\", "日本"])
+@pytest.mark.parametrize("query", ["%", "'; DROP TABLE texts; --", "[(", "a\0b", "\\", "日本"])
 def test_odd_queries_are_plain_text(client: TestClient, query: str):
     assert client.get("/search", params={"q": query}).status_code == 200
-    assert client.get(f"/search?q={query}").status_code in (200, 400)
+
+
+def test_bytes_that_are_no_text_are_no_failure(client: TestClient):
+    assert client.get("/search?q=%ED%A0%80%FF").status_code == 200
+    assert client.get("/text?text=%ED%A0%80%FF").status_code == 200
 
 
 def test_a_text_is_read_as_the_command_line_reads_it(client: TestClient, atlas: Atlas, tiny_model: Path):
@@ -202,7 +208,7 @@ def test_a_text_is_read_as_the_command_line_reads_it(client: TestClient, atlas: 
 
 
 def test_texts_that_cannot_be_read_are_refused_with_the_reason(client: TestClient):
-    assert client.get("/text", params={"text": "a" * 100_000}).status_code == 413
+    assert client.get("/text", params={"text": "a" * 20_000}).status_code == 413
     assert client.post("/api/text", json={"text": "a" * 100_000}).status_code == 422
     assert client.post("/api/text", content=b'{"text": "\\ud800"}').status_code == 422
     assert client.post("/api/text", json={"text": "a", "feature": 99999}).status_code == 404
@@ -229,7 +235,10 @@ def test_a_document_shows_its_whole_text_with_the_example_marked(client: TestCli
 
 def test_features_that_fire_together_share_tokens(client: TestClient, atlas: Atlas, alive: int):
     fires = {
-        (x.document, x.position - x.peak + i) for x in atlas.feature(alive).examples for i, act in enumerate(x.acts) if act
+        (x.document, x.position - x.peak + i)
+        for x in atlas.feature(alive).examples
+        for i, act in enumerate(x.acts)
+        if act
     }
     peaks = {
         other: sum((x.document, x.position) in fires for x in atlas.features.examples(other))
@@ -293,7 +302,8 @@ def test_markup_in_corpus_label_and_query_is_text_everywhere(
     with open_client(store) as client:
         for address in (
             "/", path(atlas, alive), f"{path(atlas, alive)}/together", f"/d/tiny/{example.document}",
-            f"/d/tiny/{example.document}?feature={alive}&at={example.position}", f"/search?q={MARKUP}", "/search?q=script",
+            f"/d/tiny/{example.document}?feature={alive}&at={example.position}", f"/search?q={MARKUP}",
+            "/search?q=script",
             f"/search?kind={MARKUP}&min_density={MARKUP}", f"/text?feature={MARKUP}", f"/f/{MARKUP}/1", f"/{MARKUP}",
             f"/?dictionary={MARKUP}", f"/text?text={MARKUP}",
         ):  # fmt: skip
