@@ -13,7 +13,7 @@ def shown(tokens: list[str], acts: list[float] | None = None) -> str:
 
 
 def test_plain_tokens_are_one_piece_and_firing_ones_stand_alone_without_their_space():
-    assert list(pieces(["The", " old", " bridge", "."], [0, 0, 0.55, 0], 1.0)) == [
+    assert list(pieces(["The", " old", " bridge", "."], [0.0, 0.0, 0.55, 0.0], 1.0)) == [
         Piece("The old ", 0, ""), Piece("bridge", 6, "0.550"), Piece(".", 0, ""),
     ]  # fmt: skip
 
@@ -21,8 +21,12 @@ def test_plain_tokens_are_one_piece_and_firing_ones_stand_alone_without_their_sp
 def test_characters_that_tokens_cut_are_put_together():
     tokens = ["во\\xd0", "\\xb6", "дя"]
     assert shown(tokens) == "вождя"
-    assert list(pieces(tokens, [0, 0.5, 0], 1.0)) == [Piece("во", 0, ""), Piece("ж", 5, "0.500"), Piece("дя", 0, "")]
-    assert list(pieces(["\\xe6", "\\x97", "\\xa5"], [0.1, 0, 0.3], 1.0)) == [Piece("日", 3, "0.100, 0, 0.300")]
+    assert list(pieces(tokens, [0.0, 0.5, 0.0], 1.0)) == [
+        Piece("во", 0, ""),
+        Piece("ж", 5, "0.500"),
+        Piece("дя", 0, ""),
+    ]
+    assert list(pieces(["\\xe6", "\\x97", "\\xa5"], [0.1, 0.0, 0.3], 1.0)) == [Piece("日", 3, "0.100, 0, 0.300")]
 
 
 def test_bytes_that_make_no_character_are_shown_by_their_codes():
@@ -58,7 +62,7 @@ def test_shades_rise_with_the_activation_and_only_nothing_has_none(act: float, m
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (50.0, "50.0"), (0.12345, "0.123"), (0.000123, "0.000123"), (1234.5, "1,234"), (-1.5, "-1.50"),
+    [(0.0, "0"), (50.0, "50.0"), (0.12345, "0.123"), (0.000123, "0.000123"), (1234.5, "1,234"), (-1.5, "-1.50"),
      (None, "–"), (float("nan"), "–"), (1e-30, "0.000000")],
 )  # fmt: skip
 def test_numbers_have_three_significant_digits(value: float | None, text: str):
