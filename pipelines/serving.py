@@ -77,6 +77,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen()
     except OSError as error:
         raise ServeError(f"cannot listen on {host}:{port}: {error.strerror or error}; try another --port") from None
     return listener

@@ -74,7 +74,8 @@ def pieces(tokens: Sequence[str], acts: Sequence[float], maximum: float, *, trim
 
 def _characters(tokens: Sequence[str], acts: Sequence[float]) -> Iterator[tuple[str, list[float], bool]]:
     """Whole characters, the activations of the tokens they come from, and whether they are bytes that make none."""
-    rest, values = b"", []
+    rest = b""
+    values: list[float] = []
     for string, act in zip(tokens, acts, strict=True):
         raw, values = rest + shown_bytes(string), [*values, act]
         whole = _whole(raw)
