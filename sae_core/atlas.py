@@ -299,7 +299,8 @@ class Atlas:
         labels = f"SELECT feature, label, kind, {score} AS label_score FROM labels"
         labels = labels if "kind" in self._columns("labels") else f"SELECT *, {score} AS label_score FROM ({nothing})"
         places = "SELECT feature, cluster FROM map" if "map" in self._tables else nothing
-        where, values = ["density BETWEEN ? AND ?"], [filters.min_density, filters.max_density]
+        where = ["density BETWEEN ? AND ?"]
+        values: list[float | str] = [filters.min_density, filters.max_density]
         for condition, value in (
             ("labels.label_score >= ?", filters.min_score),
             ("labels.kind = ?", filters.kind or None),
