@@ -1,10 +1,15 @@
 """How tokens and numbers are shown."""
 
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sae_core.artifacts import file_sha256
 from sae_core.display import shown_bytes
+from sae_core.serve import render
 from sae_core.serve.render import STEPS, Piece, bars, found_in, number, percent, pieces, step, token
 
 
@@ -90,3 +95,10 @@ def test_words_of_a_query_are_found_in_any_case_and_patterns_are_plain():
         (".", False),
     ]
     assert found_in("text", " ") == [("text", False)]
+
+
+def test_vendored_javascript_is_what_its_list_says():
+    folder = Path(render.__file__).parent / "static" / "vendor"
+    listed = dict(re.findall(r"^\| (\S+\.js) .* ([0-9a-f]{64}) \|$", (folder / "README.md").read_text("utf-8"), re.M))
+    assert listed == {file.name: file_sha256(file) for file in folder.glob("*.js")}
+    assert listed
