@@ -30,8 +30,12 @@ def server(tiny_atlas: Path) -> Iterator[str]:
     thread.join(20)
 
 
-@pytest.fixture(scope="session")
-def chromium() -> Iterator[Browser]:
+@pytest.fixture(scope="module")
+def chromium(server: str) -> Iterator[Browser]:
+    """For one file of tests: while it runs, Playwright's event loop is the thread's, and nobody else can run one.
+
+    The atlas, which Dagster makes on a loop of its own, is therefore made before.
+    """
     if not CHROMIUM.exists():
         pytest.skip(f"no chromium at {CHROMIUM}: install it, or set CHROMIUM")
     with sync_playwright() as playwright:
