@@ -127,12 +127,10 @@ def tiny_atlas(tiny_study: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
     from assets.partitions import STUDIES
     from assets.resources import Workshop
-    from pipelines.run import ASSETS
-    from sae_core.stages import recipes
+    from pipelines.run import bring_up_to_date
 
     root = tmp_path_factory.mktemp("tiny-atlas")
-    for recipe in recipes(STUDIES.get("tiny")):
+    with dg.DagsterInstance.ephemeral() as instance:
         workshop = Workshop(root=str(root), device="cpu")
-        asset = recipe.stage
-        dg.materialize(ASSETS, selection=[asset], partition_key=recipe.slug, resources={"workshop": workshop})
+        assert list(bring_up_to_date(STUDIES.get("tiny"), workshop, instance, log_level="CRITICAL"))
     return root
