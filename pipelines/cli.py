@@ -379,6 +379,18 @@ def gc(keep: int, dry_run: bool) -> None:
 
 @cli.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=7860, show_default=True, type=click.IntRange(0, 65535))
+@click.option("--expose", is_flag=True, help="Let other machines in, each with the token MIND_ATLAS_TOKEN.")
+@chosen
+def serve(host: str, port: int, expose: bool, study: str, dictionary: str) -> None:
+    """The atlas in the browser: feature pages, search, own texts, and a JSON API."""
+    from pipelines.serving import serve
+
+    serve(_atlas(study, dictionary).dictionary if study or dictionary else "", host, port, expose)
+
+
+@cli.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=3000, show_default=True)
 def ui(host: str, port: int) -> None:
     """Dagster's web UI on this project: materialize, watch, schedule."""

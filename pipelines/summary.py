@@ -28,6 +28,7 @@ HEALTH = {
 }
 NEXT = """
 What to do next:
+  mind-atlas serve                                 the atlas in the browser
   mind-atlas features "some words"                 find features
   mind-atlas feature N                             one feature, with examples and neighbors
   mind-atlas explain "some text"                   which features fire on it, token by token

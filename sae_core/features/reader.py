@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sae_core.errors import MindAtlasError
+from sae_core.settings import DOCUMENTED
 
 FEATURES = "features.parquet"
 EXAMPLES = "examples.parquet"
@@ -24,6 +25,8 @@ class FeatureError(MindAtlasError):
 @dataclass(frozen=True, slots=True)
 class FeatureRow:
     """What is known of one feature from the corpus and the weights alone."""
+
+    __pydantic_config__ = DOCUMENTED
 
     feature: int
     n_fired: int
