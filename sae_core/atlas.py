@@ -328,13 +328,13 @@ class Atlas:
                 total,
                 _why(**why) if why else "",
                 density,
-                self._beats_control.get(i),
                 max_act,
                 kind or "",
                 label_score,
                 cluster,
+                self._beats_control.get(i),
             )
-            for i, total, why, density, max_act, kind, label_score, cluster, self._beats_control.get(i) in self._query(
+            for i, total, why, density, max_act, kind, label_score, cluster in self._query(
                 sql, [*parameters, *values, limit, offset]
             )
         ]
