@@ -332,6 +332,17 @@ def write_atomically(path: Path) -> Iterator[Path]:
         raise
 
 
+def new_folder(folder: Path) -> None:
+    """Make a folder to export into. Raises ArtifactError when it holds something already, or cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = next(folder.iterdir(), None)
+    except OSError as error:
+        raise ArtifactError(f"cannot write to {folder}: {error.strerror}; name another folder") from None
+    if taken:
+        raise ArtifactError(f"{folder} holds {taken.name} already: name a new or an empty folder")
+
+
 def require_space(folder: Path, needed: int) -> None:
     """Raise ArtifactError unless the disk under `folder` has `needed` bytes free, before long work starts."""
     free = shutil.disk_usage(folder).free
