@@ -180,7 +180,6 @@ def page(request: Request, template: str, *, status: int = 200, **values: Any) -
     chosen = values.setdefault("dictionary", "")
     asked = request.query_params.get("dictionary", "")
     values["stay"] = f"?dictionary={quote(chosen)}" if chosen and (asked or chosen != shelf.default) else ""
-    values["has_map"] = _has_page(request, "map")
     return HTMLResponse(_TEMPLATES.get_template(template).render(path=request.url.path, **values), status)
 
 

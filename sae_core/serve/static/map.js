@@ -3,7 +3,7 @@ import { Scatter } from "./scatter.js";
 
 const LISTED = 100; // features shown in a list
 const HITS = 200; // features that a search colors
-const NAMED = 40; // with at most so many features in view, each is named
+const NAMED = 70; // with at most so many features in view, each is named
 const CLUSTERS_NAMED = 28;
 
 const $ = (id) => document.getElementById(id);
@@ -85,7 +85,7 @@ function oklch(lightness, chroma, hue, alpha = 1) {
   return ((Math.round(alpha * 255) << 24) | (byte(linear[2]) << 16) | (byte(linear[1]) << 8) | byte(linear[0])) >>> 0;
 }
 
-const faint = () => oklch(isDark() ? 0.62 : 0.66, 0.0, 0, isDark() ? 0.4 : 0.45);
+const faint = () => oklch(isDark() ? 0.62 : 0.66, 0.0, 0, isDark() ? 0.55 : 0.45);
 const accent = () => oklch(isDark() ? 0.76 : 0.64, 0.17, 50);
 /** From pale gray to the accent. */
 const ramp = (share) => (isDark() ? oklch(0.4 + 0.42 * share, 0.02 + 0.14 * share, 60) : oklch(0.86 - 0.36 * share, 0.03 + 0.13 * share, 52));
@@ -217,12 +217,12 @@ async function show(title, rows, total) {
     const item = document.createElement("li"), link = element("a", names[i], { href: address.features + table.feature[row] });
     link.addEventListener("focus", () => hoverRow(row));
     item.addEventListener("pointerenter", () => hoverRow(row));
-    item.append(link, element("span", ` ${table.feature[row]}`, { className: "muted" }));
+    item.append(link, element("span", ` ${table.feature[row]}`, { className: "note" }));
     return item;
   });
   const ol = document.createElement("ol");
   ol.append(...items);
-  const more = total > shown.length ? [element("p", `and ${(total - shown.length).toLocaleString("en")} more`, { className: "muted" })] : [];
+  const more = total > shown.length ? [element("p", `and ${(total - shown.length).toLocaleString("en")} more`, { className: "note" })] : [];
   list.replaceChildren(close, head, ol, ...more);
   list.hidden = false;
 }
