@@ -177,6 +177,7 @@ _TEMPLATES.globals |= {"pieces": pieces, "found_in": found_in, "bars": bars, "st
 def page(request: Request, template: str, *, status: int = 200, **values: Any) -> HTMLResponse:
     """A page made of a template; `dictionary` of the values says which one the navigation stays with."""
     shelf = request.app.state.shelf
+    values["static"] = getattr(request.app.state, "static", False)  # for a site of files: nothing that needs a server
     chosen = values.setdefault("dictionary", "")
     asked = request.query_params.get("dictionary", "")
     values["stay"] = f"?dictionary={quote(chosen)}" if chosen and (asked or chosen != shelf.default) else ""

@@ -1,4 +1,5 @@
 // The map page: loads the table of points, colors it, names what is under the pointer, and keeps its state in the URL.
+import { find } from "./find.js";
 import { Scatter } from "./scatter.js";
 
 const LISTED = 100; // features shown in a list
@@ -249,7 +250,7 @@ async function search() {
   if (!words) { if (hits.length) clear(); return; }
   let found;
   try {
-    found = await findFeatures(words);
+    found = await find(address.search, words, HITS);
   } catch (error) {
     note.hidden = false;
     note.textContent = error.message;
@@ -262,12 +263,6 @@ async function search() {
   strengths = placed.map((hit) => hit.score / placed[0].score);
   paint();
   await show(hits.length ? `${hits.length}${hits.length >= HITS ? " or more" : ""} found` : "nothing found", hits, hits.length);
-}
-
-/** What the atlas's own search finds, best first: feature and score. */
-async function findFeatures(words) {
-  const answer = await (await get(`${address.search}&limit=${HITS}&q=${encodeURIComponent(words)}`)).json();
-  return answer.hits;
 }
 
 // ---- pointer, keys, address
