@@ -326,23 +326,37 @@ def steer(
 @cli.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
-    "--format", "format_", required=True, type=click.Choice(["saelens", "dictionary_learning", "sparsify"]),
-    help="The library that is to read it.",
-)  # fmt: skip
+    "--format", "format_", required=True, help="What is to read it.",
+    type=click.Choice(["saelens", "dictionary_learning", "sparsify", "neuronpedia", "site"]),
+)
+@click.option("--limit", type=click.IntRange(1), help="Of a site: features with pages, labeled ones first (default: all).")
 @chosen
 @as_json
-def export(folder: Path, format_: str, study: str, dictionary: str, json_: bool) -> None:
-    """Write a dictionary into the new folder FOLDER, in another library's format."""
+def export(folder: Path, format_: str, limit: int | None, study: str, dictionary: str, json_: bool) -> None:
+    """Write into the new folder FOLDER: a dictionary for another library, an atlas for Neuronpedia, or a web site."""
     from pipelines.console import out, print_json
     from sae_core import interop
 
+    if limit is not None and format_ != "site":
+        raise click.BadParameter("only a site is limited", param_hint="--limit")
     atlas = _atlas(study, dictionary)
-    interop.write(atlas.load_dictionary(), folder, format_, atlas.site)
-    written = {"dictionary": atlas.dictionary, "format": format_, "folder": str(folder.absolute())}
-    if json_:
-        print_json(written)
+    told = {"dictionary": atlas.dictionary, "format": format_, "folder": str(folder.absolute())}
+    if format_ == "site":
+        from pipelines.console import progress
+        from sae_core.serve.site import write_site
+
+        with progress() as watch:
+            told |= write_site(atlas.store, atlas.dictionary, folder, limit, watch("site"))
+    elif format_ == "neuronpedia":
+        from sae_core.interop import neuronpedia
+
+        told["folder"] = str(neuronpedia.write(atlas, folder).absolute())
     else:
-        out.print(f"{atlas.dictionary} is in {written['folder']}, as {format_} reads it", markup=False)
+        interop.write(atlas.load_dictionary(), folder, format_, atlas.site)
+    if json_:
+        print_json(told)
+    else:
+        out.print(f"{atlas.dictionary} is in {told['folder']}, as {format_}", markup=False)
 
 
 @cli.command()

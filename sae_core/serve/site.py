@@ -30,6 +30,7 @@ from sae_core.serve.render import feature_path
 from sae_core.serve.shelf import Shelf
 
 INDEX = "search.json"
+_WITH_STATE = ("/map", "/search")  # pages whose script reads what follows the question mark
 _STATIC = Path(__file__).parent / "static"
 _ADDRESS = re.compile(r' (href|src|action|data-[a-z]+)="(/[^"]*)"')
 _LIVE = re.compile(r' hx-[a-z-]+="[^"]*"')
@@ -162,8 +163,8 @@ def _relative(page: str, here: str, known: set[str]) -> str:
             return ""
         to = posixpath.relpath(path, here if PurePosixPath(here).suffix == ".html" else here + "/")
         to += "/" if is_stem or not _is_file(path) else ""
-        rest = f"?{value.query}" if value.query and path != f"/{INDEX}" else ""
-        return f' {name}="{escape(to + rest + (f"#{value.fragment}" if value.fragment else ""))}"'
+        state = f"?{value.query}" if value.query and path in _WITH_STATE else ""
+        return f' {name}="{escape(to + state)}"'
 
     page = _ADDRESS.sub(address, _LIVE.sub("", page))
     policy = f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY.partition("; frame-ancestors")[0])}">'

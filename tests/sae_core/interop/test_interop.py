@@ -149,7 +149,7 @@ def test_unknown_formats_are_refused_with_the_known_ones(tmp_path: Path) -> None
 
 def test_nothing_is_written_over_anything(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(InteropError, match=r"holds mine.txt already: name a new or an empty folder"):
+    with pytest.raises(ArtifactError, match=r"holds mine.txt already: name a new or an empty folder"):
         interop.write(dictionary(), tmp_path, "saelens")
     with pytest.raises(ArtifactError, match="cannot write to"):
         interop.write(dictionary(), tmp_path / "mine.txt", "saelens")
