@@ -1,0 +1,222 @@
+"""The map in a real browser, served and as files: drawn, hovered, clicked, lassoed, and kept in the address."""
+
+import http.server
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+
+from sae_core.artifacts import ArtifactStore
+from sae_core.atlas import Atlas
+from sae_core.serve import create_app
+from sae_core.serve.site import write_site
+
+sync_api = pytest.importorskip("playwright.sync_api")
+
+CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+ARGUMENTS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+
+pytestmark = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="no chromium: name one in CHROMIUM")
+
+
+@pytest.fixture(scope="module")
+def atlas(tiny_atlas: Path) -> Atlas:
+    return Atlas.open(ArtifactStore(tiny_atlas))
+
+
+@pytest.fixture(scope="module")
+def served(tiny_atlas: Path) -> Iterator[str]:
+    """Address of the running application."""
+    server = uvicorn.Server(uvicorn.Config(create_app(ArtifactStore(tiny_atlas)), port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+
+@pytest.fixture(scope="module")
+def files(atlas: Atlas, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of the same pages as files, in a sub-folder of a plain host."""
+    host = tmp_path_factory.mktemp("host")
+    write_site(atlas.store, atlas.dictionary, host / "atlas")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(host))) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}/atlas"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=["served", "files"])
+def shell(request: pytest.FixtureRequest) -> str:
+    """Both ways in which the pages reach a reader."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Callable[[str], Any]]:
+    """Opens an address; at the end, no page may have written to the console."""
+    context, told = browser.new_context(viewport={"width": 1100, "height": 800}), []
+
+    def opened(address: str) -> Any:
+        page = context.new_page()
+        page.on("console", lambda message: told.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: told.append(str(error)))
+        page.goto(address)
+        if "/map" in address:
+            page.wait_for_selector("#map[data-ready]")
+        return page
+
+    yield opened
+    context.close()
+    assert [line for line in told if "GPU stall" not in line] == []  # the software renderer's own remark
+
+
+def painted(page: Any) -> int:
+    """Pixels of the canvas that are not empty."""
+    return page.evaluate("""() => {
+        const canvas = document.getElementById("map-points"), copy = document.createElement("canvas");
+        Object.assign(copy, { width: canvas.width, height: canvas.height });
+        const context = copy.getContext("2d");
+        context.drawImage(canvas, 0, 0);
+        return context.getImageData(0, 0, copy.width, copy.height).data.filter((v, i) => i % 4 === 3 && v > 0).length;
+    }""")
+
+
+def hover(page: Any) -> str:
+    """Moves over points until one is named; returns its card's text. A feature's place is read off a list's ring."""
+    box = page.locator("#map-stage").bounding_box()
+    for i in range(12, 88, 3):
+        for j in range(12, 88, 3):
+            page.mouse.move(box["x"] + box["width"] * i / 100, box["y"] + box["height"] * j / 100)
+            if page.locator("#map-stage.over").count():
+                page.wait_for_selector("#map-card strong")
+                return page.locator("#map-card").inner_text()
+    raise AssertionError("no point was found")
+
+
+def test_points_are_drawn_and_clusters_named(open_page: Callable[[str], Any], shell: str, atlas: Atlas) -> None:
+    page = open_page(f"{shell}/map/")
+    page.wait_for_selector("#map-labels span", state="attached")
+    assert painted(page) > 64 * 4
+    assert page.locator("#map-note").is_hidden()
+
+
+def test_a_point_says_its_name_and_a_click_opens_its_page(
+    open_page: Callable[[str], Any], shell: str, atlas: Atlas
+) -> None:
+    page = open_page(f"{shell}/map/")
+    name, facts, *_ = hover(page).split("\n")
+    feature = int(facts.split("feature ")[1].split()[0])
+    assert name == " ".join(atlas.name(feature).split())
+    page.mouse.down()
+    page.mouse.up()
+    page.wait_for_url(f"**/f/{atlas.dictionary}/{feature}*")
+    page.go_back()
+    page.wait_for_selector("#map[data-ready]")
+
+
+def test_a_lasso_lists_what_it_holds_with_links(open_page: Callable[[str], Any], shell: str, atlas: Atlas) -> None:
+    page = open_page(f"{shell}/map/")
+    box = page.locator("#map-stage").bounding_box()
+    page.click("#map-lasso")
+    corners = [(0.01, 0.01), (0.99, 0.01), (0.99, 0.99), (0.01, 0.99), (0.01, 0.02)]
+    places = [(box["x"] + box["width"] * x, box["y"] + box["height"] * y) for x, y in corners]
+    page.mouse.move(*places[0])
+    page.mouse.down()
+    for place in places[1:]:
+        page.mouse.move(*place, steps=3)
+    page.mouse.up()
+    page.wait_for_selector("#map-list h2")
+    assert page.locator("#map-list h2").inner_text() == "64 inside"
+    links = page.locator("#map-list li a")
+    assert links.count() == 64
+    assert {int(link.get_attribute("href").rstrip("/").split("/")[-1]) for link in links.all()} == {*range(64)}
+    page.keyboard.press("Escape")
+    assert page.locator("#map-list").is_hidden()
+
+
+def test_a_search_lists_and_colors_its_hits_and_stays_in_the_address(
+    open_page: Callable[[str], Any], shell: str, atlas: Atlas
+) -> None:
+    word = atlas.features.feature(5).promoted[0].strip()
+    page = open_page(f"{shell}/map/")
+    page.fill("#map-query", word)
+    page.wait_for_selector("#map-list li")
+    page.wait_for_url("**q=*")
+    again = open_page(page.url)
+    again.wait_for_selector("#map-list li")
+    assert again.input_value("#map-query") == word
+    assert again.locator("#map-list li").count() == page.locator("#map-list li").count() > 0
+
+
+def test_the_view_moves_by_wheel_and_keys_and_stays_in_the_address(
+    open_page: Callable[[str], Any], shell: str
+) -> None:
+    page = open_page(f"{shell}/map/")
+    assert "z=" not in page.url
+    page.locator("#map-stage").hover(position={"x": 300, "y": 300})
+    page.mouse.wheel(0, -600)
+    page.wait_for_url("**z=*")
+    page.focus("#map-stage")
+    before = page.url
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function("before => location.href !== before", arg=before)
+    page.select_option("#map-color", "density")
+    page.wait_for_url("**color=density*")
+    again = open_page(page.url)
+    assert again.input_value("#map-color") == "density"
+    assert again.locator("#map-legend").is_visible()
+    assert again.url == page.url
+    again.focus("#map-stage")
+    again.keyboard.press("0")
+    again.wait_for_function("() => !location.search.includes('z=')")
+
+
+def test_a_feature_in_the_address_is_marked_and_named(
+    open_page: Callable[[str], Any], shell: str, atlas: Atlas
+) -> None:
+    page = open_page(f"{shell}/map/?f=7")
+    page.wait_for_selector("#map-labels .selected", state="attached")
+    assert page.locator("#map-overlay circle").count() == 1
+    page.focus("#map-stage")
+    page.keyboard.press("Enter")
+    page.wait_for_url(f"**/f/{atlas.dictionary}/7*")
+
+
+@pytest.mark.parametrize("state", ["?x=NaN&y=1e999&z=-1", "?f=-1", "?f=1e99&color=<script>", "?z=0&x=1&y=1"])
+def test_a_spoiled_address_opens_the_whole_map(open_page: Callable[[str], Any], served: str, state: str) -> None:
+    page = open_page(f"{served}/map{state}")
+    assert painted(page) > 64 * 4
+    assert page.input_value("#map-color") == "cluster"
+
+
+def test_the_search_page_of_files_finds_features(open_page: Callable[[str], Any], files: str, atlas: Atlas) -> None:
+    page = open_page(f"{files}/search/")
+    page.fill("input[name=q]", atlas.features.feature(9).promoted[0].strip())
+    page.wait_for_selector("#results li")
+    link = page.locator("#results li a").first
+    feature = int(link.get_attribute("href").rstrip("/").split("/")[-1])
+    link.click()
+    page.wait_for_url(f"**/f/{atlas.dictionary}/{feature}/")
+    assert str(feature) in page.inner_text(".crumb")
