@@ -14,9 +14,10 @@ from sae_core.atlas import SearchError
 from sae_core.errors import MindAtlasError
 from sae_core.features.reader import FeatureError
 from sae_core.names import SlugError
-from sae_core.serve import api, map, pages
+from sae_core.serve import api, pages
 from sae_core.serve.door import LOOPBACK, Door
 from sae_core.serve.live import Live, LiveError
+from sae_core.serve.map import router as map_router
 from sae_core.serve.render import page
 from sae_core.serve.shelf import Shelf
 from sae_core.serve.views import NotFoundError
@@ -53,7 +54,7 @@ def create_app(
     app.state.live = Live(studies or Studies([]))
     app.add_middleware(Door, hosts=hosts, token=token)
     app.include_router(pages.router)
-    app.include_router(map.router)
+    app.include_router(map_router)
     app.include_router(api.router)
     app.mount("/static", StaticFiles(directory=Path(__file__).parent / "static"), name="static")
     app.add_exception_handler(MindAtlasError, _mendable)
