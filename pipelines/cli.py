@@ -326,10 +326,13 @@ def steer(
 @cli.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
-    "--format", "format_", required=True, help="What is to read it.",
+    "--format",
+    "format_",
+    required=True,
+    help="What is to read it.",
     type=click.Choice(["saelens", "dictionary_learning", "sparsify", "neuronpedia", "site"]),
 )
-@click.option("--limit", type=click.IntRange(1), help="Of a site: features with pages, labeled ones first (default: all).")
+@click.option("--limit", type=click.IntRange(1), help="Features of a site, labeled ones first (default: all).")
 @chosen
 @as_json
 def export(folder: Path, format_: str, limit: int | None, study: str, dictionary: str, json_: bool) -> None:

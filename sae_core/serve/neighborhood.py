@@ -1,4 +1,4 @@
-"""A feature and its nearest ones as a picture (Templeton et al. 2024, feature neighborhoods), laid out without a browser.
+"""A feature and its nearest ones as a picture (Templeton et al. 2024, feature neighborhoods), laid out on the server.
 
 The distance from the center is the angle between decoder rows. Around the center, features whose rows leave the
 center's in similar directions stand side by side: their order is that of the two main axes of what the rows have

@@ -84,7 +84,7 @@ def write_site(
 
 
 def _client(app: FastAPI) -> TestClient:
-    return TestClient(app, base_url="http://localhost", raise_server_exceptions=False)
+    return TestClient(app, base_url="http://localhost")
 
 
 def _ask(client: TestClient, address: str, status: int = 200) -> bytes:
@@ -123,8 +123,10 @@ def _pages(atlas: Atlas, features: list[int]) -> Iterator[str]:
             yield f"/near{path.removeprefix('/f')}"
     corpus = atlas.site.corpus
     if atlas.store.manifest("corpus", corpus):
-        rows = pq.read_table(atlas.features.examples_path, columns=["document"], filters=pc.field("feature").isin(features))
-        yield from (f"/d/{quote(corpus, safe='')}/{document}" for document in sorted(set(rows["document"].to_pylist())))
+        shown = pc.field("feature").isin(features)
+        rows = pq.read_table(atlas.features.examples_path, columns=["document"], filters=shown)
+        documents = sorted(set(rows["document"].to_pylist()))
+        yield from (f"/d/{quote(corpus, safe='')}/{document}" for document in documents)
 
 
 def _data(atlas: Atlas) -> Iterator[str]:

@@ -92,6 +92,12 @@ def open_page(browser: Any) -> Iterator[Callable[[str], Any]]:
     assert [line for line in told if "GPU stall" not in line] == []  # the software renderer's own remark
 
 
+def a_word(atlas: Atlas, feature: int) -> str:
+    """A token of letters that the feature promotes or fires on."""
+    row = atlas.features.feature(feature)
+    return next(token.strip() for token in [*row.promoted, *row.top_tokens] if token.strip().isalpha())
+
+
 def painted(page: Any) -> int:
     """Pixels of the canvas that are not empty."""
     return page.evaluate("""() => {
@@ -159,7 +165,7 @@ def test_a_lasso_lists_what_it_holds_with_links(open_page: Callable[[str], Any],
 def test_a_search_lists_and_colors_its_hits_and_stays_in_the_address(
     open_page: Callable[[str], Any], shell: str, atlas: Atlas
 ) -> None:
-    word = atlas.features.feature(5).promoted[0].strip()
+    word = a_word(atlas, 5)
     page = open_page(f"{shell}/map/")
     page.fill("#map-query", word)
     page.wait_for_selector("#map-list li")
@@ -170,9 +176,7 @@ def test_a_search_lists_and_colors_its_hits_and_stays_in_the_address(
     assert again.locator("#map-list li").count() == page.locator("#map-list li").count() > 0
 
 
-def test_the_view_moves_by_wheel_and_keys_and_stays_in_the_address(
-    open_page: Callable[[str], Any], shell: str
-) -> None:
+def test_the_view_moves_by_wheel_and_keys_and_stays_in_the_address(open_page: Callable[[str], Any], shell: str) -> None:
     page = open_page(f"{shell}/map/")
     assert "z=" not in page.url
     page.locator("#map-stage").hover(position={"x": 300, "y": 300})
@@ -213,7 +217,7 @@ def test_a_spoiled_address_opens_the_whole_map(open_page: Callable[[str], Any], 
 
 def test_the_search_page_of_files_finds_features(open_page: Callable[[str], Any], files: str, atlas: Atlas) -> None:
     page = open_page(f"{files}/search/")
-    page.fill("input[name=q]", atlas.features.feature(9).promoted[0].strip())
+    page.fill("input[name=q]", a_word(atlas, 9))
     page.wait_for_selector("#results li")
     link = page.locator("#results li a").first
     feature = int(link.get_attribute("href").rstrip("/").split("/")[-1])

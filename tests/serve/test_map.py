@@ -40,9 +40,7 @@ def points(client: TestClient, atlas: Atlas, summary: dict[str, Any]) -> dict[st
     n, raw = summary["n"], answer.content
     assert len(raw) == 4 * n * len(summary["columns"])
     kinds = {"feature": "<i4", "cluster": "<i4"}
-    return {
-        name: np.frombuffer(raw, kinds.get(name, "<f4"), n, 4 * n * i) for i, name in enumerate(summary["columns"])
-    }
+    return {name: np.frombuffer(raw, kinds.get(name, "<f4"), n, 4 * n * i) for i, name in enumerate(summary["columns"])}
 
 
 def test_the_binary_table_holds_what_the_parquet_files_hold(atlas: Atlas, points: dict[str, np.ndarray]) -> None:
