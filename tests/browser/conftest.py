@@ -15,6 +15,8 @@ from sae_core.serve import create_app
 from sae_core.studies import Studies, study_folders
 
 CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
+ARGUMENTS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+"""The map is drawn by WebGL, in software where there is no graphics card."""
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +41,7 @@ def chromium(server: str) -> Iterator[Browser]:
     if not CHROMIUM.exists():
         pytest.skip(f"no chromium at {CHROMIUM}: install it, or set CHROMIUM")
     with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
 
 
 def opened(chromium: Browser, server: str, **options: object) -> tuple[BrowserContext, Page, list[str]]:

@@ -1,47 +1,23 @@
 """The map in a real browser, served and as files: drawn, hovered, clicked, lassoed, and kept in the address."""
 
 import http.server
-import os
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
 from sae_core.artifacts import ArtifactStore
 from sae_core.atlas import Atlas
-from sae_core.serve import create_app
 from sae_core.serve.site import write_site
-
-sync_api = pytest.importorskip("playwright.sync_api")
-
-CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
-ARGUMENTS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
-
-pytestmark = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="no chromium: name one in CHROMIUM")
 
 
 @pytest.fixture(scope="module")
 def atlas(tiny_atlas: Path) -> Atlas:
     return Atlas.open(ArtifactStore(tiny_atlas))
-
-
-@pytest.fixture(scope="module")
-def served(tiny_atlas: Path) -> Iterator[str]:
-    """Address of the running application."""
-    server = uvicorn.Server(uvicorn.Config(create_app(ArtifactStore(tiny_atlas)), port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
@@ -60,24 +36,16 @@ def files(atlas: Atlas, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
         server.shutdown()
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(params=["served", "files"])
+@pytest.fixture(params=["server", "files"])
 def shell(request: pytest.FixtureRequest) -> str:
     """Both ways in which the pages reach a reader."""
     return request.getfixturevalue(request.param)
 
 
 @pytest.fixture
-def open_page(browser: Any) -> Iterator[Callable[[str], Any]]:
+def open_page(chromium: Any) -> Iterator[Callable[[str], Any]]:
     """Opens an address; at the end, no page may have warned or complained on the console."""
-    context, told = browser.new_context(viewport={"width": 1100, "height": 800}), []
+    context, told = chromium.new_context(viewport={"width": 1100, "height": 800}), []
 
     def opened(address: str) -> Any:
         page = context.new_page()
@@ -208,8 +176,8 @@ def test_a_feature_in_the_address_is_marked_and_named(
 
 
 @pytest.mark.parametrize("state", ["?x=NaN&y=1e999&z=-1", "?f=-1", "?f=1e99&color=<script>", "?z=0&x=1&y=1"])
-def test_a_spoiled_address_opens_the_whole_map(open_page: Callable[[str], Any], served: str, state: str) -> None:
-    page = open_page(f"{served}/map{state}")
+def test_a_spoiled_address_opens_the_whole_map(open_page: Callable[[str], Any], server: str, state: str) -> None:
+    page = open_page(f"{server}/map{state}")
     assert painted(page) > 64 * 4
     assert page.input_value("#map-color") == "cluster"
 
