@@ -112,7 +112,12 @@ class _Export:
     def heads(self) -> dict[str, dict[str, Any]]:
         """The rows of what the features belong to, by file."""
         common = {"creatorId": CREATOR, "visibility": "PUBLIC", "createdAt": self._made.made_at}
-        set_ = {"creatorName": "Mind Atlas", "urls": [], "creatorEmail": None, "description": self._atlas.dictionary}
+        set_: dict[str, Any] = {
+            "creatorName": "Mind Atlas",
+            "urls": [],
+            "creatorEmail": None,
+            "description": self._atlas.dictionary,
+        }
         umap = bool(self._tables["map"])
         corpus = self._atlas.store.manifest("corpus", self._spec.site.corpus)
         facts = corpus.summary if corpus else {}

@@ -56,7 +56,12 @@ def summary(atlas: ChosenAtlas) -> dict[str, Any]:
     return map_of(atlas).summary()
 
 
-@router.get("/map/{dictionary}/points-{version}.bin", response_class=Response)
+_BINARY: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
+}
+
+
+@router.get("/map/{dictionary}/points-{version}.bin", response_class=Response, responses=_BINARY)
 def points(atlas: ChosenAtlas, version: str) -> Response:
     """The table of all points: the columns that `map.json` names, 4 bytes a value, little-endian, one after another."""
     table = _of_version(map_of(atlas), version).to_bytes()

@@ -199,7 +199,7 @@ def test_a_file_that_was_cut_short_is_refused(format_: str, cut: int, tmp_path: 
 
 def test_the_command_line_knows_every_format() -> None:
     choice: Any = next(parameter for parameter in export.params if parameter.name == "format_").type
-    assert tuple(choice.choices) == tuple(FORMATS)
+    assert tuple(choice.choices) == (*FORMATS, "neuronpedia", "site")  # a dictionary's, and an atlas's
 
 
 def test_the_dense_and_the_sparse_encoding_of_ranks_agree(monkeypatch: pytest.MonkeyPatch) -> None:
