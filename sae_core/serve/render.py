@@ -11,7 +11,6 @@ from urllib.parse import quote
 from fastapi import Request
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.responses import HTMLResponse
-from starlette.routing import NoMatchFound
 
 from sae_core.display import shown_bytes
 
@@ -182,12 +181,3 @@ def page(request: Request, template: str, *, status: int = 200, **values: Any) -
     asked = request.query_params.get("dictionary", "")
     values["stay"] = f"?dictionary={quote(chosen)}" if chosen and (asked or chosen != shelf.default) else ""
     return HTMLResponse(_TEMPLATES.get_template(template).render(path=request.url.path, **values), status)
-
-
-def _has_page(request: Request, name: str) -> bool:
-    """Whether the application has a page of that name (the name of the function that makes it)."""
-    try:
-        request.app.url_path_for(name)
-    except NoMatchFound:
-        return False
-    return True
