@@ -20,6 +20,7 @@ from sae_core.artifacts import ArtifactError, ArtifactStore, write_atomically
 from sae_core.errors import MindAtlasError
 from sae_core.features import Example, FeatureRow, Features
 from sae_core.generations import served
+from sae_core.labels.reader import BEST_SCORE
 from sae_core.names import DictionarySpec, Site
 from sae_core.settings import DOCUMENTED
 
@@ -143,7 +144,7 @@ class Filters(NamedTuple):
     min_density: float = 0.0
     max_density: float = 1.0
     min_score: float | None = None
-    """Of the label, by the first of `SCORES` that it has."""
+    """Of the label, see `labels.reader.BEST_SCORE`."""
     kind: str = ""
     """The label's: `input`, `output`, `both`, `unclear`."""
     cluster: int | None = None
@@ -165,9 +166,6 @@ SORTS = {
     "number": "feature",
 }
 """How found features may be sorted."""
-
-SCORES = ("detection", "fuzzing", "embedding")
-"""What says how far to believe a label, the best to go by first."""
 
 
 class Atlas:
@@ -298,8 +296,7 @@ class Atlas:
         """The features of a query with columns feature, total and why, filtered and in order."""
         if sort not in SORTS:
             raise SearchError(f"{sort!r} is no order: choose one of {', '.join(SORTS)}")
-        each = (f"list_filter(scores, lambda s: s.scorer = '{name}')[1].score" for name in SCORES)
-        score = f"coalesce({', '.join(each)})" if self.has_scores else "NULL::DOUBLE"
+        score = BEST_SCORE if self.has_scores else "NULL::DOUBLE"
         nothing = "SELECT NULL::INT AS feature, '' AS label, '' AS kind, NULL::INT AS cluster"
         labels = f"SELECT feature, label, kind, {score} AS label_score FROM labels"
         labels = labels if "kind" in self._columns("labels") else f"SELECT *, {score} AS label_score FROM ({nothing})"
