@@ -106,8 +106,8 @@ class Studies:
         _enter(self.sites, study.site.slug, Order(study, None), "model", "corpus", "activations")
         for dictionary in study.dictionaries:
             slug = study.spec(dictionary).slug
-            sections = ("dictionary", "features", "neighbors", "feature_map", "labels")
-            _enter(self.dictionaries, slug, Order(study, dictionary), *sections)
+            after = ("features", "neighbors", "feature_map", "labels", "steering", "steering_report")
+            _enter(self.dictionaries, slug, Order(study, dictionary), "dictionary", *after)
 
 
 def _enter(table: dict[str, Order], slug: str, order: Order, *sections: str) -> None:
