@@ -262,7 +262,7 @@ def test_the_overview_tells_health_and_what_is_made(client: TestClient, atlas: A
     assert told["health"]["fvu"] == summary["fvu"]
     assert told["study"] == "tiny"
     missing = [stage["cure"] for stage in told["stages"] if not stage["made"]]
-    assert missing == ["mind-atlas run tiny --until atlas"]  # the fixture ends with the labels
+    assert missing == []
     page = read(client.get("/").text).text
     assert f"{summary['fvu']:.3f}" in page
     assert page.count("not yet:") == 1
