@@ -11,14 +11,16 @@ from assets.dictionary import dictionary
 from assets.feature_map import feature_map
 from assets.features import features
 from assets.labels import labels
+from assets.multilingual import multilingual
 from assets.neighbors import neighbors
 from assets.partitions import corpora, dictionaries, sites
 from assets.resources import STUDY_TAG, Workshop
+from assets.safety import safety
 from sae_core.artifacts import ArtifactStore, Recipe, Status
-from sae_core.stages import VERSIONS, recipes
+from sae_core.stages import ON_DEMAND, VERSIONS, recipes
 from sae_core.study import Study
 
-ASSETS = [corpus, activations, dictionary, features, neighbors, feature_map, labels]
+ASSETS = [corpus, activations, dictionary, features, neighbors, feature_map, labels, safety, multilingual]
 
 make_corpus = dg.define_asset_job(
     "make_corpus", selection="key:corpus", partitions_def=corpora, description="One corpus."
@@ -28,11 +30,14 @@ make_activations = dg.define_asset_job(
 )
 make_dictionary = dg.define_asset_job(
     "make_dictionary",
-    selection="key:dictionary+",
+    selection="key:dictionary+ and not group:reports",
     partitions_def=dictionaries,
     description="One dictionary and everything that follows from it.",
 )
-STAGE_JOBS = [make_corpus, make_activations, make_dictionary]
+make_reports = dg.define_asset_job(
+    "make_reports", selection="group:reports", partitions_def=dictionaries, description="What is made on demand."
+)
+STAGE_JOBS = [make_corpus, make_activations, make_dictionary, make_reports]
 
 
 class Step(NamedTuple):
@@ -62,17 +67,24 @@ def bring_up_to_date(
     Raises:
         Exception: what the failing stage raised; what was made before stays.
     """
-    defs = dg.Definitions(assets=ASSETS, jobs=STAGE_JOBS, resources={"workshop": workshop})
-    stage_job = {"corpus": "make_corpus", "activations": "make_activations"}
     wanted = list(VERSIONS)[: list(VERSIONS).index(until) + 1]
     for recipe in (recipe for recipe in recipes(study) if recipe.stage in wanted):
         step = Step(recipe, workshop.store.status(recipe))
         if step.status.state != "made":
-            defs.resolve_job_def(stage_job.get(recipe.stage, "make_dictionary")).execute_in_process(
-                partition_key=recipe.slug,
-                asset_selection=[dg.AssetKey(recipe.stage)],
-                instance=instance,
-                run_config={"loggers": {"console": {"config": {"log_level": log_level}}}},
-                tags={STUDY_TAG: study.name},
-            )
+            make(recipe, study, workshop, instance, log_level)
         yield step
+
+
+def make(
+    recipe: Recipe, study: Study, workshop: Workshop, instance: dg.DagsterInstance, log_level: str = "INFO"
+) -> None:
+    """Make one artifact in a Dagster run of its own, from its parents as they are; raises what the stage raised."""
+    defs = dg.Definitions(assets=ASSETS, jobs=STAGE_JOBS, resources={"workshop": workshop})
+    stage_job = {"corpus": "make_corpus", "activations": "make_activations"} | dict.fromkeys(ON_DEMAND, "make_reports")
+    defs.resolve_job_def(stage_job.get(recipe.stage, "make_dictionary")).execute_in_process(
+        partition_key=recipe.slug,
+        asset_selection=[dg.AssetKey(recipe.stage)],
+        instance=instance,
+        run_config={"loggers": {"console": {"config": {"log_level": log_level}}}},
+        tags={STUDY_TAG: study.name},
+    )

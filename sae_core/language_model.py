@@ -5,7 +5,7 @@ Captures and edits go through PyTorch's hooks and change no weight; one model se
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from sae_core.display import display_strings
 from sae_core.names import Hook
@@ -35,6 +35,10 @@ class _Captured(Exception):
 
     def __init__(self, acts: Tensor) -> None:
         self.acts = acts
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the site of `capture_next`."""
 
 
 class LanguageModel:
@@ -119,6 +123,27 @@ class LanguageModel:
         finally:
             handle.remove()
         raise ModelError(f"{hook} of layer {layer} is not reached in a forward pass: choose another hook")
+
+    @torch.no_grad()
+    def capture_next(
+        self, hook: Hook, layer: int, token_ids: Int[Tensor, "batch length"], cache: Cache
+    ) -> Float[Tensor, "batch length d_model"]:
+        """As `capture`, of tokens that follow those in the key-value cache, which takes them up.
+
+        Raises ModelError when the model has no such site, or the tokens exceed its context.
+        """
+        found: list[Tensor] = []
+
+        def visit(acts: Tensor) -> Tensor:
+            found.append(acts)
+            raise _Reached
+
+        self._check_length(cache.get_seq_length() + token_ids.shape[1])
+        with suppress(_Reached), self.edit(hook, layer, visit):
+            self._decoder(input_ids=token_ids.to(self.device).long(), past_key_values=cache, use_cache=True)
+        if not found:
+            raise ModelError(f"{hook} of layer {layer} is not reached in a forward pass: choose another hook")
+        return found[0]
 
     @contextmanager
     def edit(self, hook: Hook, layer: int, fn: Edit) -> Iterator[None]:

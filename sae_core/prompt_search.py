@@ -6,7 +6,7 @@ prompts than `CLAIM_PROMPTS` a side nothing is claimed.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float
+from scipy import sparse
 
 from sae_core.atlas import Atlas
 from sae_core.progress import Report, silent
@@ -171,7 +172,7 @@ def contrast(
 
 def best_features(
     positive: Pooled, negative: Pooled, test_positive: Pooled, test_negative: Pooled, limit: int,
-    name: "Namer" = lambda feature: "", groups: tuple[np.ndarray, np.ndarray] | None = None,
+    name: Callable[[int], str] = lambda feature: "", groups: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> list[Separating]:  # fmt: skip
     """The features with the best AUC on the find prompts (ties: larger effect), each with its better pool.
 
@@ -202,12 +203,6 @@ def best_features(
             )
         )  # fmt: skip
     return rows
-
-
-class Namer:
-    """Gives a feature's label."""
-
-    def __call__(self, feature: int) -> str: ...
 
 
 def by_prompt(atlas: Atlas, reader: PromptReader, text: str, limit: int = 10) -> list[OnPrompt]:
@@ -261,11 +256,11 @@ def _claim(features: list[Separating]) -> str:
     )
 
 
-def _dense(positive: "Sparse", negative: "Sparse", columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _dense(positive: sparse.csr_array, negative: sparse.csr_array, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return positive[:, columns].toarray(), negative[:, columns].toarray()
 
 
-def _cuts(sides: list[list[str]], halves: list[int], late: bool) -> Iterable[tuple[list[str], int, int]]:
+def _cuts(sides: list[list[str]], halves: list[int], late: bool) -> list[tuple[list[str], int, int]]:
     return [(s, h if late else 0, len(s) if late else h) for s, h in zip(sides, halves, strict=True)]
 
 

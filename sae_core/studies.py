@@ -46,7 +46,7 @@ class Order(NamedTuple):
 
     def recipe(self, stage: str, slug: str) -> Recipe:
         """What the artifact is made from."""
-        return next(r for r in recipes(self.study) if r.stage == stage and r.slug == slug)
+        return next(r for r in recipes(self.study, on_demand=True) if r.stage == stage and r.slug == slug)
 
 
 class Studies:
@@ -106,7 +106,7 @@ class Studies:
         _enter(self.sites, study.site.slug, Order(study, None), "model", "corpus", "activations")
         for dictionary in study.dictionaries:
             slug = study.spec(dictionary).slug
-            sections = ("dictionary", "features", "neighbors", "feature_map", "labels")
+            sections = ("dictionary", "features", "neighbors", "feature_map", "labels", "safety", "multilingual")
             _enter(self.dictionaries, slug, Order(study, dictionary), *sections)
 
 
