@@ -1,7 +1,7 @@
 """Bringing a study up to date, through Dagster: the one way the command line, a job and a schedule all use."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import dagster as dg
 
@@ -76,15 +76,20 @@ def bring_up_to_date(
 
 
 def make(
-    recipe: Recipe, study: Study, workshop: Workshop, instance: dg.DagsterInstance, log_level: str = "INFO"
-) -> None:
-    """Make one artifact in a Dagster run of its own, from its parents as they are; raises what the stage raised."""
+    recipe: Recipe, study: Study, workshop: Workshop, instance: dg.DagsterInstance, log_level: str = "INFO",
+    changes: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Make one artifact in a Dagster run of its own, from its parents as they are.
+
+    `changes` are settings that differ from the study's. Raises what the stage raised.
+    """
+    ops = {"ops": {recipe.stage: {"config": dict(changes)}}} if changes else {}
     defs = dg.Definitions(assets=ASSETS, jobs=STAGE_JOBS, resources={"workshop": workshop})
     stage_job = {"corpus": "make_corpus", "activations": "make_activations"} | dict.fromkeys(ON_DEMAND, "make_reports")
     defs.resolve_job_def(stage_job.get(recipe.stage, "make_dictionary")).execute_in_process(
         partition_key=recipe.slug,
         asset_selection=[dg.AssetKey(recipe.stage)],
         instance=instance,
-        run_config={"loggers": {"console": {"config": {"log_level": log_level}}}},
+        run_config={"loggers": {"console": {"config": {"log_level": log_level}}}, **ops},
         tags={STUDY_TAG: study.name},
     )

@@ -32,7 +32,12 @@ REPORT = "multilingual.json"
 TABLE = "multilingual.parquet"
 SHOWN = 12
 """Features shown in the report, and items shown of each."""
-_CHARACTERS = 240
+_CHARACTERS = 160
+_SCHEMA = pa.schema({
+    "parallel": pa.string(), "feature": pa.int64(), "label": pa.string(), "languages": pa.int64(),
+    "same": pa.float64(), "same_shuffled": pa.float64(), "score": pa.float64(), "score_high": pa.float64(),
+    "items": pa.list_(pa.int64()),
+})  # fmt: skip
 
 
 class MultilingualError(MindAtlasError):
@@ -99,10 +104,8 @@ def build_multilingual(
     found = [compare(settings, parallel, reader, atlas, report) for parallel in texts]
     shown = [_as_json(f, parallel) for f, parallel in zip(found, texts, strict=True)]
     (folder / REPORT).write_text(json.dumps(shown, ensure_ascii=False, indent=1), "utf-8")
-    rows = [{"parallel": f.name, **vars_of(feature)} for f in found for feature in f.features]
-    schema = {"parallel": pa.string(), "feature": pa.int64()} if not rows else None
-    pq.write_table(pa.Table.from_pylist(rows) if rows else pa.table({k: pa.array([], t) for k, t in schema.items()}),
-                   folder / TABLE)  # fmt: skip
+    rows = [{"parallel": f.name, **_fields(feature)} for f in found for feature in f.features]
+    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), folder / TABLE)
     (folder / "multilingual.md").write_text(markdown(found, texts, atlas.dictionary), "utf-8")
     gain = min(f.similarity - f.similarity_shuffled for f in found)
     counted = {f"{f.name}_features": len(f.features) for f in found}
@@ -110,7 +113,7 @@ def build_multilingual(
 
 
 def parallel_texts(settings: MultilingualSettings) -> list[Parallel]:
-    """Verses and articles in the languages asked for, each cut to 240 characters.
+    """Verses and articles in the languages asked for, each of at most 160 characters.
 
     Raises MultilingualError for a language without both, or fewer than two.
     """
@@ -126,8 +129,8 @@ def parallel_texts(settings: MultilingualSettings) -> list[Parallel]:
         )
     editions = {language: str(TEXTS[f"bible-{language}"].options["edition"]) for language in languages}
     bible = TEXTS["bible-en"]
-    verses = list(read_verses(read_members(fetch_text(bible), bible.members), list(editions.values())).values())
-    fit = [v for v in verses if all(20 <= len(text) <= _CHARACTERS for text in v.values())]
+    verses = read_verses(read_members(fetch_text(bible), bible.members), list(editions.values()))
+    fit = [v for v in verses.values() if all(20 <= len(text) <= _CHARACTERS for text in v.values())]
     chosen = np.sort(np.random.default_rng(settings.seed).permutation(len(fit))[: settings.verses])
     by_language = [[fit[i][edition] for i in chosen] for edition in editions.values()]
     declared = [_articles(language) for language in languages]
@@ -181,9 +184,9 @@ def compare(
         for a, b in combinations(range(languages), 2)
     }
     pairs = list(combinations(range(languages), 2))
-    matched, shuffled = (float(np.mean(part)) for part in zip(*(_similarity(vectors[a], vectors[b]) for a, b in pairs), strict=True))
+    similar = np.array([_similarity(vectors[a], vectors[b]) for a, b in pairs]).mean(0)
     return ParallelReport(
-        parallel.name, parallel.languages, n, matched, shuffled, float(np.mean(list(by_pair.values()))),
+        parallel.name, parallel.languages, n, float(similar[0]), float(similar[1]), float(np.mean(list(by_pair.values()))),
         float(np.mean([retrieved(raw[a], raw[b]) for a, b in pairs])), by_pair, len(tried), features,
     )  # fmt: skip
 
@@ -224,15 +227,14 @@ def _unit(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
     return np.divide(rows, norm, out=np.zeros_like(rows), where=norm > 0)
 
 
-def vars_of(feature: MultilingualFeature) -> dict[str, Any]:
-    """A feature's fields."""
+def _fields(feature: MultilingualFeature) -> dict[str, Any]:
     return {name: getattr(feature, name) for name in MultilingualFeature.__dataclass_fields__}
 
 
 def _as_json(found: ParallelReport, parallel: Parallel) -> dict[str, Any]:
     """The report, and the texts of the items that its features fire on, in all languages."""
     features = [
-        vars_of(f) | {"texts": [{language: texts[item] for language, texts in
+        _fields(f) | {"texts": [{language: texts[item] for language, texts in
                                  zip(parallel.languages, parallel.texts, strict=True)} for item in f.items]}
         for f in found.features
     ]  # fmt: skip

@@ -272,7 +272,7 @@ class MultilingualSettings(Settings):
 
     languages: list[str] = ["en", "fr", "es", "de", "it", "ru", "ar"]
     """ISO 639-1 codes, of which both parallel texts must have an edition."""
-    verses: int = Field(60, ge=10)
+    verses: int = Field(50, ge=10)
     """Bible verses, drawn at random; the 30 articles of the Universal Declaration of Human Rights come besides."""
     least_languages: int = Field(5, ge=2)
     """Languages on which a feature must fire to be called multilingual."""

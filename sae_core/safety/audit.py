@@ -1,6 +1,7 @@
 """The audit: for each concept its best features, judged on unseen prompts and held against plain baselines."""
 
 import json
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ AUDIT = "audit.json"
 TABLE = "audit.parquet"
 FOUND_AUC, FOUND_LOW = 0.9, 0.8
 """A concept counts as found when its best feature's AUC on unseen prompts, and its interval's low end, are no less."""
+STATUSES = ("found", "stand-in", "partly", "not found", "no claim")
 RIGHT = 0.5
 """A feature counts as the concept's own when at least this share of its firings on the corpus is about it."""
 
@@ -98,13 +100,20 @@ class ConceptAudit:
 
     @property
     def status(self) -> str:
-        """`no claim`, `found`, `partly` or `not found`."""
+        """What was shown.
+
+        `no claim`: too few prompts. `found`: the best feature tells unseen prompts apart, and in the corpus mostly
+        fires on the concept. `stand-in`: it tells them apart, but stands for something else that they share, or for
+        what the corpus does not hold. `partly`: better than chance, but weak or uncertain. `not found`.
+        """
         if self.why_no_claim:
             return "no claim"
         best = self.best.separating if self.best else None
         if best is None or best.auc is None or best.low is None or best.p > ALPHA or best.low <= 0.5:
             return "not found"
-        return "found" if best.auc >= FOUND_AUC and best.low >= FOUND_LOW else "partly"
+        if best.auc < FOUND_AUC or best.low < FOUND_LOW:
+            return "partly"
+        return "found" if self.right_rank == 1 else "stand-in"
 
     @property
     def right_rank(self) -> int | None:
@@ -146,7 +155,7 @@ def build_audit(
     status = [found.status for found in audits]
     return {
         "concepts": len(audits),
-        **{key.replace(" ", "_"): status.count(key) for key in ("found", "partly", "not found", "no claim")},
+        **{re.sub("[ -]", "_", key): status.count(key) for key in STATUSES},
         "monitors": len(detectors),
         "n_lost": len(lost),
         "names_found": [a.concept for a in audits if a.status == "found"],

@@ -3,7 +3,7 @@
     name = "immunology"
     kind = "calibration"
     description = "Immune systems, antibodies, vaccines."
-    about = "immun|antibod"                  # says whether a stretch of the corpus is about it: a stand-in for a judge
+    about = "(?i)immun|antibod"               # says whether a stretch of the corpus is about it: a stand-in for a judge
 
     [[positive]]
     source = "wiki-en"                       # a catalog name or a path, as in a study
@@ -57,7 +57,7 @@ class Rule(Settings):
     """Regular expression that a document's piece must match; the piece is taken around the first match."""
     without: str = ""
     """Regular expression that it must not match."""
-    characters: int = Field(160, ge=8, le=4000)
+    characters: int = Field(120, ge=8, le=4000)
     """Length of a piece, cut at spaces."""
     pieces: int = Field(1, ge=1)
     """Pieces taken from one document, one after the other; all go into the same split."""
@@ -116,7 +116,7 @@ class Concept(Settings):
     """`safety`: what a safety team asks for. `calibration`: what any method should find."""
     description: str
     about: str
-    """Regular expression, in any case: whether a stretch of the corpus is about the concept. A stand-in for a judge."""
+    """Regular expression: whether a stretch of the corpus is about the concept. A stand-in for a judge."""
     source: str = ""
     """Where the prompts come from, in words."""
     license: str = ""

@@ -23,6 +23,7 @@ def verdict(found: ConceptAudit) -> str:
     unseen = f"an AUC of {s.auc:.2f} ({s.low:.2f} to {s.high:.2f}) on unseen prompts"
     said = {
         "found": f"Found: {name} tells it from the negatives, with {unseen}.",
+        "stand-in": f"Told apart, by a stand-in: {name} has {unseen}.",
         "partly": f"Partly: {name} points to it, with {unseen}; too weak or too uncertain to rely on.",
         "not found": f"Not found: the best feature, {name}, has {unseen}; that is no more than luck may give.",
     }[found.status]
@@ -37,7 +38,7 @@ def _meaning(found: ConceptAudit) -> str:
     if share is None:
         return "It has no examples on the corpus."
     told = f"Of its firings on the corpus, about {share:.0%} are in text about it, by a pattern of words"
-    return told + ("." if share >= RIGHT else ": it fires mostly on something else that these prompts share.")
+    return told + ("." if share >= RIGHT else ": it stands for something else that these prompts share.")
 
 
 def _against(found: ConceptAudit) -> str:
@@ -49,7 +50,8 @@ def _against(found: ConceptAudit) -> str:
               if rated.auc >= own]  # fmt: skip
     if not beaten:
         return f"The probe ({found.probe.auc:.2f}) and the words alone ({found.words.auc:.2f}) do less well."
-    return f"{' and '.join(beaten)} {'do' if len(beaten) > 1 else 'does'} as well or better.".capitalize()
+    said = f"{' and '.join(beaten)} {'does' if beaten[0].startswith('a') and len(beaten) == 1 else 'do'} as well or better."
+    return said[0].upper() + said[1:]
 
 
 def _shifted(found: ConceptAudit) -> str:

@@ -17,12 +17,12 @@ class Specificity(NamedTuple):
 
 
 def specificity(features: Features, feature: int, about: str) -> Specificity:
-    """The share of firings whose surroundings (the example's tokens) match `about`, in any case.
+    """The share of firings whose surroundings (the example's tokens) match the regular expression `about`.
 
     Examples drawn at random from an activation level stand for the firings of that level. A pattern sees words and not
     meaning: it misses what is said otherwise, and is fooled by a word that stands beside.
     """
-    pattern = re.compile(about, re.IGNORECASE | re.DOTALL if about.islower() else re.DOTALL)
+    pattern = re.compile(about, re.DOTALL)
     examples = features.examples(feature)
     hits = {id(e): bool(pattern.search("".join(e.tokens))) for e in examples}
     top = [hits[id(e)] for e in examples if e.kind == "top"]
@@ -32,8 +32,8 @@ def specificity(features: Features, feature: int, about: str) -> Specificity:
             by_level.setdefault(example.level, []).append(hits[id(example)])
     weights = _firings(features.feature(feature).histogram, max(by_level, default=1))
     total = sum(weights[level - 1] for level in by_level)
-    share = sum(weights[level - 1] * sum(found) / len(found) for level, found in by_level.items()) / total if total else None
-    return Specificity(share, sum(top) / len(top) if top else None, len(examples))
+    hit = sum(weights[level - 1] * sum(found) / len(found) for level, found in by_level.items())
+    return Specificity(hit / total if total else None, sum(top) / len(top) if top else None, len(examples))
 
 
 def _firings(histogram: list[int], levels: int) -> list[float]:
