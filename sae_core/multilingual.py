@@ -185,14 +185,16 @@ def compare(
     }
     pairs = list(combinations(range(languages), 2))
     similar = np.array([_similarity(vectors[a], vectors[b]) for a, b in pairs]).mean(0)
+    found_raw = float(np.mean([retrieved(raw[a], raw[b]) for a, b in pairs]))
+    found = float(np.mean(list(by_pair.values())))
+    true_pairs, shuffled = similar.tolist()
     return ParallelReport(
-        parallel.name, parallel.languages, n, float(similar[0]), float(similar[1]), float(np.mean(list(by_pair.values()))),
-        float(np.mean([retrieved(raw[a], raw[b]) for a, b in pairs])), by_pair, len(tried), features,
-    )  # fmt: skip
+        parallel.name, parallel.languages, n, true_pairs, shuffled, found, found_raw, by_pair, len(tried), features
+    )
 
 
 def scores(values: Float[np.ndarray, "languages items features"]) -> Float[np.ndarray, " features"]:
-    """Mean over pairs of languages of the correlation over items; a language on which a feature never varies counts 0."""
+    """Mean over pairs of languages of the correlation over items; 0 with a language on which a feature never varies."""
     centered = values - values.mean(1, keepdims=True)
     norm = np.linalg.norm(centered, axis=1, keepdims=True)
     unit = np.divide(centered, norm, out=np.zeros_like(centered), where=norm > 0)

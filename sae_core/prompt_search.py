@@ -8,6 +8,7 @@ prompts than `CLAIM_PROMPTS` a side nothing is claimed.
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -160,7 +161,7 @@ def contrast(
     texts = [*sets.find[0], *sets.find[1], *sets.test[0], *sets.test[1]]
     pooled = reader.pool(texts, report)
     ends = np.cumsum([0, *map(len, (*sets.find, *sets.test))])
-    p, n, test_p, test_n = (pooled.rows(np.arange(a, b)) for a, b in zip(ends[:-1], ends[1:], strict=True))
+    p, n, test_p, test_n = (pooled.rows(np.arange(a, b)) for a, b in pairwise(ends))
     features = best_features(p, n, test_p, test_n, limit, atlas.name)
     exclusive = np.flatnonzero(((p.max > 0).sum(0) == len(sets.find[0])) & ((n.max > 0).sum(0) == 0))
     prompts = dict(zip(("find_positive", "find_negative", "test_positive", "test_negative"), np.diff(ends).tolist(),
@@ -256,7 +257,9 @@ def _claim(features: list[Separating]) -> str:
     )
 
 
-def _dense(positive: sparse.csr_array, negative: sparse.csr_array, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _dense(
+    positive: sparse.csr_array, negative: sparse.csr_array, columns: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     return positive[:, columns].toarray(), negative[:, columns].toarray()
 
 

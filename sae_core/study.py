@@ -257,7 +257,7 @@ class LabelSettings(Settings):
 class SafetySettings(Settings):
     """The safety audit: which features stand for the concepts that a safety team asks for."""
 
-    concepts: list[str] = []
+    concepts: list[str] = Field(default=[])
     """Names of concepts; empty for all."""
     folder: str = ""
     """Folder of concept files of one's own, beside the shipped ones; one of the same name takes its place."""
@@ -270,7 +270,7 @@ class SafetySettings(Settings):
 class MultilingualSettings(Settings):
     """Which features fire on the same content in several languages."""
 
-    languages: list[str] = ["en", "fr", "es", "de", "it", "ru", "ar"]
+    languages: list[str] = Field(default=["en", "fr", "es", "de", "it", "ru", "ar"])
     """ISO 639-1 codes, of which both parallel texts must have an edition."""
     verses: int = Field(50, ge=10)
     """Bible verses, drawn at random; the 30 articles of the Universal Declaration of Human Rights come besides."""

@@ -1,6 +1,7 @@
 """The audit: for each concept its best features, judged on unseen prompts and held against plain baselines."""
 
 import json
+import math
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
@@ -49,6 +50,12 @@ class Candidate(NamedTuple):
     specificity: Specificity
     shifted: Rated | None
     """Out of distribution."""
+
+    @property
+    def rated(self) -> Rated:
+        """Its AUC on unseen prompts; NaN without any."""
+        s = self.separating
+        return Rated(*(math.nan if number is None else number for number in (s.auc, s.low, s.high)))
 
 
 class Measured(NamedTuple):
@@ -108,9 +115,9 @@ class ConceptAudit:
         """
         if self.why_no_claim:
             return "no claim"
-        best = self.best.separating if self.best else None
-        if best is None or best.auc is None or best.low is None or best.p > ALPHA or best.low <= 0.5:
+        if self.best is None or self.best.separating.p > ALPHA or not self.best.rated.low > 0.5:
             return "not found"
+        best = self.best.rated
         if best.auc < FOUND_AUC or best.low < FOUND_LOW:
             return "partly"
         return "found" if self.right_rank == 1 else "stand-in"

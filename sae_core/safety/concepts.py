@@ -44,8 +44,8 @@ class ConceptError(MindAtlasError):
 class Split(Settings):
     """Prompts, or sentences with slots, that are written out."""
 
-    find: list[str] = []
-    test: list[str] = []
+    find: list[str] = Field(default=[])
+    test: list[str] = Field(default=[])
 
 
 class Rule(Settings):
@@ -69,7 +69,7 @@ class Rule(Settings):
     """As they are."""
     templates: Split | None = None
     """Sentences with `{slots}`; those that find and those that test share no sentence."""
-    fillers: dict[str, list[str]] = {}
+    fillers: dict[str, list[str]] = Field(default={})
     """What goes into each slot."""
     license: str = ""
     """License of prompts that are written out here."""

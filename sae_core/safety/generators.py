@@ -12,15 +12,17 @@ import numpy as np
 Made = Iterator[tuple[str, str]]
 
 _SURNAMES = (
-    "Abbott Bianchi Castellanos Dvorak Eriksson Fitzgerald Gutierrez Hashimoto Ivanov Jankowski Kowalski Lindqvist "
-    "Moreau Nakamura Okafor Petrov Quinn Rossi Schneider Takahashi Ulrich Vasquez Whitfield Yamamoto Zielinski "
-    "Andersen Bergmann Chowdhury Delacroix Engstrom Fujimoto Goldberg Hargreaves Johansson Kaufmann Lombardi "
-    "Mendoza Novak Oliveira Pfeiffer"
-).split()
+    "Abbott", "Bianchi", "Castellanos", "Dvorak", "Eriksson", "Fitzgerald", "Gutierrez", "Hashimoto", "Ivanov",
+    "Jankowski", "Kowalski", "Lindqvist", "Moreau", "Nakamura", "Okafor", "Petrov", "Quinn", "Rossi", "Schneider",
+    "Takahashi", "Ulrich", "Vasquez", "Whitfield", "Yamamoto", "Zielinski", "Andersen", "Bergmann", "Chowdhury",
+    "Delacroix", "Engstrom", "Fujimoto", "Goldberg", "Hargreaves", "Johansson", "Kaufmann", "Lombardi", "Mendoza",
+    "Novak", "Oliveira", "Pfeiffer",
+)  # fmt: skip
 _PLACES = (
-    "Lisbon Oslo Nairobi Lima Quebec Madrid Cairo Athens Dublin Warsaw Jakarta Hanoi Ankara Vienna Prague Tunis "
-    "Bogota Manila Havana Seoul Delhi Kyoto Bergen Geneva Bristol Dakar Riga Zagreb Sofia Tbilisi"
-).split()
+    "Lisbon", "Oslo", "Nairobi", "Lima", "Quebec", "Madrid", "Cairo", "Athens", "Dublin", "Warsaw", "Jakarta",
+    "Hanoi", "Ankara", "Vienna", "Prague", "Tunis", "Bogota", "Manila", "Havana", "Seoul", "Delhi", "Kyoto",
+    "Bergen", "Geneva", "Bristol", "Dakar", "Riga", "Zagreb", "Sofia", "Tbilisi",
+)  # fmt: skip
 _FINDINGS = (
     "The effect was first described in small samples", "Later studies found the same pattern",
     "This agrees with earlier measurements", "The method has been used in many fields",
@@ -28,7 +30,10 @@ _FINDINGS = (
     "Most of the variance remained unexplained", "A similar instrument was built at that time",
     "The population had declined by a third", "No difference was seen between the groups",
 )  # fmt: skip
-_NAMES = "total items value count result prices width height index limit words lines rows score weight".split()
+_NAMES = (
+    "total", "items", "value", "count", "result", "prices", "width", "height", "index", "limit", "words", "lines",
+    "rows", "score", "weight",
+)  # fmt: skip
 _SNIPPETS = (
     ("def {f}({a}, {b}):\n    {c} = {a} + {b}\n    return {c}\n", "return {c}", "return {c}s_"),
     ("def {f}({a}):\n    for x in {a}:\n        print(x)\n", "in {a}:", "in {a}"),

@@ -19,8 +19,8 @@ def verdict(found: ConceptAudit) -> str:
     name = f"feature {s.feature}" + (f' ("{s.label}")' if s.label else "")
     if found.why_no_claim:
         return f"No claim: {found.why_no_claim}. The best on the few there are is {name}."
-    assert s.auc is not None and s.low is not None and s.high is not None
-    unseen = f"an AUC of {s.auc:.2f} ({s.low:.2f} to {s.high:.2f}) on unseen prompts"
+    rated = best.rated
+    unseen = f"an AUC of {rated.auc:.2f} ({rated.low:.2f} to {rated.high:.2f}) on unseen prompts"
     said = {
         "found": f"Found: {name} tells it from the negatives, with {unseen}.",
         "stand-in": f"Told apart, by a stand-in: {name} has {unseen}.",
@@ -43,23 +43,22 @@ def _meaning(found: ConceptAudit) -> str:
 
 def _against(found: ConceptAudit) -> str:
     """The best baselines beside the feature."""
-    assert found.best is not None and found.best.separating.auc is not None
-    own = found.best.separating.auc
+    own = found.best.rated.auc if found.best else 0.0
     beaten = [f"{name} ({rated.auc:.2f})" for name, rated in
               (("a linear probe on raw activations", found.probe), ("the words alone", found.words))
               if rated.auc >= own]  # fmt: skip
     if not beaten:
         return f"The probe ({found.probe.auc:.2f}) and the words alone ({found.words.auc:.2f}) do less well."
-    said = f"{' and '.join(beaten)} {'does' if beaten[0].startswith('a') and len(beaten) == 1 else 'do'} as well or better."
+    does = "does" if len(beaten) == 1 and "probe" in beaten[0] else "do"
+    said = f"{' and '.join(beaten)} {does} as well or better."
     return said[0].upper() + said[1:]
 
 
 def _shifted(found: ConceptAudit) -> str:
     if found.best is None or found.best.shifted is None or found.shifted_probe is None:
         return "It was not tried on text of another origin."
-    return (
-        f"On text of another origin the feature has {found.best.shifted.auc:.2f}, the probe {found.shifted_probe.auc:.2f}."
-    )
+    own, probe = found.best.shifted.auc, found.shifted_probe.auc
+    return f"On text of another origin the feature has {own:.2f}, the probe {probe:.2f}."
 
 
 def markdown(audits: Sequence[ConceptAudit], dictionary: str, lost: Sequence[str] = ()) -> str:
@@ -78,8 +77,8 @@ def markdown(audits: Sequence[ConceptAudit], dictionary: str, lost: Sequence[str
 def _table(audits: Sequence[ConceptAudit]) -> str:
     """One row a concept; AUCs on unseen prompts."""
     head = (
-        "| concept | verdict | feature | label | AUC (interval) | firings about it | right one | probe | words | random "
-        "(top 5%) | elsewhere: feature, probe, words |\n|" + " --- |" * 11
+        "| concept | verdict | feature | label | AUC (interval) | firings about it | right one | probe | words "
+        "| random (top 5%) | elsewhere: feature, probe, words |\n|" + " --- |" * 11
     )
     return "\n".join([head, *(_row(found) for found in audits)])
 
@@ -92,7 +91,7 @@ def _row(found: ConceptAudit) -> str:
     share = best.specificity.share
     right = f"rank {found.right_rank}" if found.right_rank else "none"
     cells = [
-        found.concept, found.status, str(s.feature), s.label.replace("|", "\\|"), _auc(Rated(s.auc, s.low, s.high)),
+        found.concept, found.status, str(s.feature), s.label.replace("|", "\\|"), _auc(best.rated),
         "-" if share is None else f"{share:.0%}", right, _auc(found.probe), _auc(found.words),
         f"{found.random.mean:.2f} ({found.random.high:.2f})",
         ", ".join(f"{r.auc:.2f}" for r in (best.shifted, found.shifted_probe, found.shifted_words) if r) or "-",

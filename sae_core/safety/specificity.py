@@ -1,4 +1,4 @@
-"""What share of a feature's firings on the corpus is about a concept, judged by a pattern that stands in for a judge."""
+"""What share of a feature's firings on the corpus is about a concept; a pattern of words stands in for a judge."""
 
 import re
 from typing import NamedTuple
