@@ -72,9 +72,9 @@ class Alert(NamedTuple):
     threshold: float
 
 
-def fit_detector(concept: str, feature: int, label: str, positive: Sequence[float], negative: Sequence[float]) -> (
-    Detector
-):  # fmt: skip
+def fit_detector(
+    concept: str, feature: int, label: str, positive: Float[np.ndarray, " p"], negative: Float[np.ndarray, " n"]
+) -> Detector:
     """A detector from the largest values of calibration texts. Raises PromptError when a side is empty."""
     if not len(positive) or not len(negative):
         raise PromptError(f"{concept}: no calibration texts on one side")
@@ -82,7 +82,7 @@ def fit_detector(concept: str, feature: int, label: str, positive: Sequence[floa
     scale = float(values.std()) or 1.0
     model = LogisticRegression(class_weight="balanced")
     model.fit(values / scale, np.repeat([1, 0], [len(positive), len(negative)]))
-    falling = sorted(map(float, negative), reverse=True)
+    falling = np.sort(negative)[::-1].astype(float).tolist()
     return Detector(concept, feature, label, falling, float(model.coef_[0, 0]) / scale, float(model.intercept_[0]))
 
 

@@ -3,12 +3,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from scipy import sparse
 from sklearn.metrics import roc_auc_score
+from torch import Tensor
 
-from sae_core.prompt_reader import Pooled, PromptError
+from sae_core.atlas import Atlas
+from sae_core.prompt_reader import Pooled, PromptError, PromptReader
 from sae_core.prompt_search import best_features, by_prompt, contrast, direction, nearest, read_prompts, split_prompts
 
 D_SAE, PLANTED, EXCLUSIVE = 50, 17, 31
@@ -26,8 +29,28 @@ def pooled(texts: list[str]) -> Pooled:
     return Pooled(matrix, (matrix / 3).tocsr(), raw.astype(np.float32), np.full(len(texts), 5), 1)
 
 
-READER: Any = SimpleNamespace(pool=lambda texts, report=None: pooled(texts), dictionary=SimpleNamespace(d_sae=D_SAE))
-ATLAS: Any = SimpleNamespace(name=lambda feature: f"label {feature}")
+class Reader(PromptReader):
+    """Reads without a model."""
+
+    def __init__(self, pool: Any = pooled, W_dec: Tensor | None = None) -> None:
+        self._pool = pool
+        self.dictionary: Any = SimpleNamespace(d_sae=D_SAE, W_dec=W_dec)
+
+    def pool(self, texts: Any, report: Any = None) -> Pooled:
+        return self._pool(texts)
+
+
+class Labels(Atlas):
+    """An atlas of which the labels are known, and some numbers."""
+
+    def __init__(self, **columns: list[float]) -> None:
+        self.features: Any = SimpleNamespace(table=lambda: pa.table(columns))
+
+    def name(self, feature: int) -> str:
+        return f"label {feature}"
+
+
+READER, ATLAS = Reader(), Labels()
 
 
 def sides(n: int) -> tuple[list[str], list[str]]:
@@ -65,13 +88,12 @@ def test_with_few_prompts_nothing_is_claimed() -> None:
 
 def test_two_sets_of_the_same_kind_give_no_claim_of_a_find() -> None:
     rng = np.random.default_rng(3)
-    noise: Any = SimpleNamespace(
-        dictionary=SimpleNamespace(d_sae=D_SAE),
-        pool=lambda texts, report=None: pooled(["no"] * len(texts))._replace(
-            max=sparse.csr_array(rng.random((len(texts), D_SAE))), mean=sparse.csr_array(rng.random((len(texts), D_SAE)))
-        ),
-    )
-    assert contrast(ATLAS, noise, split_prompts(*sides(100))).claim.startswith("nothing was found")
+
+    def noise(texts: list[str]) -> Pooled:
+        most, mean = (sparse.csr_array(rng.random((len(texts), D_SAE))) for _ in range(2))
+        return pooled(texts)._replace(max=most, mean=mean)
+
+    assert contrast(ATLAS, Reader(noise), split_prompts(*sides(100))).claim.startswith("nothing was found")
 
 
 def test_duplicates_and_what_is_on_both_sides_are_taken_out_and_counted() -> None:
@@ -84,7 +106,12 @@ def test_duplicates_and_what_is_on_both_sides_are_taken_out_and_counted() -> Non
 
 @pytest.mark.parametrize(
     ("positive", "negative", "why"),
-    [(["a"], [], "no negative"), ([], ["a"], "no positive"), ([" "], ["a"], "no positive"), (["a"], ["a"], "both sides")],
+    [
+        (["a"], [], "no negative"),
+        ([], ["a"], "no positive"),
+        ([" "], ["a"], "no positive"),
+        (["a"], ["a"], "both sides"),
+    ],
 )
 def test_one_sided_and_empty_sets_are_refused(positive: list[str], negative: list[str], why: str) -> None:
     with pytest.raises(PromptError, match=why):
@@ -121,7 +148,7 @@ def test_the_direction_between_two_sets_leads_to_the_feature_that_points_along_i
     raw = [pooled(side).raw for side in sides(80)]
     rows = torch.nn.functional.normalize(torch.randn(D_SAE, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     rows[5] = torch.eye(8)[2]
-    reader: Any = SimpleNamespace(dictionary=SimpleNamespace(W_dec=rows))
+    reader = Reader(W_dec=rows)
     near = nearest(ATLAS, reader, direction(*raw, kind), limit=3)
     assert near[0].feature == 5
     assert near[0].cosine > 0.9
@@ -130,12 +157,9 @@ def test_the_direction_between_two_sets_leads_to_the_feature_that_points_along_i
 
 
 def test_on_one_prompt_a_rare_feature_near_its_maximum_comes_first() -> None:
-    import pyarrow as pa
-
     row = sparse.csr_array(np.array([[5.0, 2.0, 0.0, 1.0]], np.float32))
-    reader: Any = SimpleNamespace(pool=lambda texts: SimpleNamespace(max=row))
-    table = pa.table({"max_act": [10.0, 2.0, 1.0, 1.0], "density": [0.5, 0.001, 0.1, 0.4]})
-    atlas: Any = SimpleNamespace(name=str, features=SimpleNamespace(table=lambda: table))
+    reader = Reader(lambda texts: pooled(texts)._replace(max=row))
+    atlas = Labels(max_act=[10.0, 2.0, 1.0, 1.0], density=[0.5, 0.001, 0.1, 0.4])
     found = by_prompt(atlas, reader, "some text")
     assert [f.feature for f in found] == [1, 3, 0]
     assert found[0].of_max == 1

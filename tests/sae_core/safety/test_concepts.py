@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_core.catalog_entries import TEXTS
-from sae_core.safety.concepts import Concept, ConceptError, Rule, Sizes, load_concept, load_concepts
+from sae_core.safety.concepts import SHIPPED, Concept, ConceptError, Rule, Sizes, load_concept, load_concepts
 from sae_core.safety.drawing import SPLITS, draw
 from sae_core.safety.generators import GENERATORS
 
@@ -66,7 +66,7 @@ def test_a_file_of_ones_own_is_read_drawn_and_takes_the_place_of_a_shipped_one(t
     assert drawn.least == 40
     assert {len(side[s]) for side in (drawn.positive, drawn.negative) for s in SPLITS} == {40}
     shipped = load_concepts()
-    both = load_concepts(Path(load_concepts.__code__.co_filename).with_name("concepts"), tmp_path)
+    both = load_concepts(SHIPPED, tmp_path)
     assert len(both) == len(shipped) + 1
     assert next(c for c in both if c.name == "dna").description == "Owls."
 
@@ -86,7 +86,7 @@ def test_too_few_prompts_are_drawn_and_nothing_is_to_be_claimed_of_them(tmp_path
 
 
 def test_duplicates_between_find_and_test_and_between_the_sides_are_left_out_and_counted() -> None:
-    rule = {"prompts": {"find": ["a b", "c d"], "test": ["A B", "e f"]}}
+    rule = {"prompts": {"find": ["a b", "c d"], "test": ["A b", "e f"]}}
     sides = {"positive": [Rule(**rule)], "negative": [Rule(prompts={"find": ["c d", "g"], "test": ["h"]})]}
     drawn = draw(Concept(name="x", kind="safety", description="", about="x", sizes=Sizes(), **sides))
     assert drawn.duplicates == 2

@@ -81,12 +81,12 @@ def test_the_rate_of_false_alarms_on_other_texts_is_what_was_asked_for(rate: flo
 
 
 def test_a_rate_that_the_calibration_texts_cannot_hold_is_refused() -> None:
-    detector = fit_detector("scam", 0, "", [1.0, 2.0], [0.0] * 9)
+    detector = fit_detector("scam", 0, "", np.array([1.0, 2.0]), np.zeros(9))
     assert detector.threshold(0.1) > 0  # never a yes where the feature is silent
-    with pytest.raises(PromptError, match="scam: 9 calibration texts cannot hold a false-positive rate of 0.05"):
+    with pytest.raises(PromptError, match="scam: 9 calibration texts cannot hold"):
         detector.threshold(0.05)
     with pytest.raises(PromptError, match="no calibration texts"):
-        fit_detector("scam", 0, "", [], [0.0])
+        fit_detector("scam", 0, "", np.zeros(0), np.zeros(1))
 
 
 def test_probabilities_are_calibrated_and_follow_the_base_rate() -> None:
@@ -99,7 +99,9 @@ def test_probabilities_are_calibrated_and_follow_the_base_rate() -> None:
 
 
 def test_detectors_are_written_and_read_back_and_an_unknown_concept_is_refused(tmp_path: Path) -> None:
-    detectors = [fit_detector(name, i, "a", [2.0], [1.0, 0.0]) for i, name in enumerate(("dna", "scam"))]
+    detectors = [
+        fit_detector(name, i, "a", np.array([2.0]), np.array([1.0, 0.0])) for i, name in enumerate(("dna", "scam"))
+    ]
     save_detectors(detectors, tmp_path / "m.json")
     assert load_detectors(tmp_path / "m.json") == detectors
     assert load_detectors(tmp_path / "m.json", ["scam"]) == detectors[1:]
@@ -109,7 +111,7 @@ def test_detectors_are_written_and_read_back_and_an_unknown_concept_is_refused(t
 
 def test_lines_are_texts_or_json_with_text_or_messages(lm: LanguageModel) -> None:
     chat = [{"role": "user", "content": "Hi"}]
-    lines = io.StringIO(f'plain\n\n{json.dumps({"text": "a {b}"})}\n{json.dumps({"messages": chat})}\n')
+    lines = io.StringIO(f"plain\n\n{json.dumps({'text': 'a {b}'})}\n{json.dumps({'messages': chat})}\n")
     texts = list(read_stream(lines, lm.tokenizer.apply_chat_template))
     assert texts == ["plain", "a {b}", "<|start|>user\nHi<|end|>\n"]
     assert list(read_stream(iter([json.dumps({"messages": chat})]))) == ["Hi"]
