@@ -428,7 +428,7 @@ def _report(
     debug: bool, study: str, device: str, stage: str, changes: dict[str, Any], into: Path | None, json_: bool
 ) -> None:
     """Make a report of a study's first dictionary through Dagster, unless it is there, and show it."""
-    name = _register(study)
+    name, target = _register(study), into.absolute() if into else None
     os.environ.setdefault("DAGSTER_HOME", str(PROJECT))
     if Path(os.environ["DAGSTER_HOME"]) == PROJECT:
         os.chdir(PROJECT)
@@ -443,7 +443,6 @@ def _report(
     from sae_core.studies import Order
 
     wanted, workshop = STUDIES.get(name), Workshop(device=device)
-    target = into.absolute() if into else None
     slug = wanted.spec(wanted.dictionaries[0]).slug
     recipe = Order(wanted, wanted.dictionaries[0]).override(stage, changes).recipe(stage, slug)
     with dg.DagsterInstance.get() as instance, progress():

@@ -189,7 +189,7 @@ def best_features(
     order = np.lexsort((live, -effect[better, columns], -score[better, columns]))[:limit]
     rows = []
     for column in order.tolist():
-        pool: Pool = ("max", "mean")[better[column]]  # type: ignore[assignment]
+        pool: Pool = ("max", "mean")[better[column]]
         feature = int(live[column])
         p, n = (side[:, [column]] for side in found[pool])
         test = [getattr(side, pool)[:, [feature]].toarray()[:, 0] for side in (test_positive, test_negative)]

@@ -165,9 +165,14 @@ def build_audit(
         **{re.sub("[ -]", "_", key): status.count(key) for key in STATUSES},
         "monitors": len(detectors),
         "n_lost": len(lost),
-        "names_found": [a.concept for a in audits if a.status == "found"],
-        "names_lost": lost,
+        "names_found": [a.concept for a in audits if a.status == "found"] + _unseen("names_found", before, audits),
+        "names_lost": lost + _unseen("names_lost", before, audits),
     }
+
+
+def _unseen(key: str, before: dict[str, Any] | None, audits: Sequence[ConceptAudit]) -> list[str]:
+    """Names that an audit of fewer concepts must not forget."""
+    return [name for name in (before or {}).get(key, []) if name not in {a.concept for a in audits}]
 
 
 def lost_concepts(audits: Sequence[ConceptAudit], before: dict[str, Any]) -> list[str]:

@@ -108,7 +108,7 @@ def _from_documents(rule: Rule, sizes: Sizes) -> Side:
         if pieces:
             group = f"{rule.source} {number}"
             found.append([Text(group, p.upper() if rule.upper else p) for p in pieces[: rule.pieces]])
-        if len(found) * rule.pieces >= 2 * total * max(1, rule.pieces):  # enough, duplicates allowed for
+        if len(found) >= 2 * total:  # enough, duplicates allowed for
             break
     shares = np.cumsum([wanted[split] / total for split in SPLITS])
     ends = [0, *np.round(shares * len(found)).astype(int).tolist()]
