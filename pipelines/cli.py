@@ -272,7 +272,7 @@ def contrast(
     ]
     if prompt and any(sides):
         raise click.UsageError("give either --prompt or two sets of prompts")
-    sets = None if prompt else by.split_prompts(*sides)
+    sets = None if prompt else by.split_prompts(sides[0], sides[1])
     atlas = _atlas(study, dictionary)
     reader = PromptReader.of(atlas, _model(atlas))
     if sets is None:

@@ -26,6 +26,7 @@ CLAIM_PROMPTS = 40
 """Test prompts a side without which nothing is claimed: at an AUC of 0.9, 40 of each give it to about 0.07."""
 ALPHA = 0.05
 Pool = Literal["max", "mean"]
+POOLS: tuple[Pool, Pool] = ("max", "mean")
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def best_features(
     """
     d_sae = positive.max.shape[1]
     live = np.flatnonzero(np.bincount(positive.max.indices, minlength=d_sae))  # silent on positives: AUC of 0.5 at most
-    found = {pool: _dense(getattr(positive, pool), getattr(negative, pool), live) for pool in ("max", "mean")}
+    found = {pool: _dense(getattr(positive, pool), getattr(negative, pool), live) for pool in POOLS}
     score = np.stack([auc(*found[pool]) for pool in found])
     effect = np.stack([effect_sizes(*found[pool]) for pool in found])
     better = np.lexsort((effect, score), axis=0)[-1]
@@ -189,7 +190,7 @@ def best_features(
     order = np.lexsort((live, -effect[better, columns], -score[better, columns]))[:limit]
     rows = []
     for column in order.tolist():
-        pool: Pool = ("max", "mean")[better[column]]
+        pool = POOLS[better[column]]
         feature = int(live[column])
         p, n = (side[:, [column]] for side in found[pool])
         test = [getattr(side, pool)[:, [feature]].toarray()[:, 0] for side in (test_positive, test_negative)]

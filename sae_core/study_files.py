@@ -73,8 +73,8 @@ def _resolve_paths(table: dict[str, Any], folder: Path) -> dict[str, Any]:
         table["model"] = with_source(table["model"])
     if "labels" in table:
         table["labels"] = {key: resolve(v) if key == "model" else v for key, v in table["labels"].items()}
-    if folder := table.get("safety", {}).get("folder"):
-        table["safety"] = {**table["safety"], "folder": resolve(folder)}
+    if concepts := table.get("safety", {}).get("folder"):
+        table["safety"] = {**table["safety"], "folder": resolve(concepts)}
     if isinstance(table.get("dictionary"), dict) and (source := table["dictionary"].get("source")):
         sources = [resolve(s) for s in source] if isinstance(source, list) else resolve(source)
         table["dictionary"] = {**table["dictionary"], "source": sources}

@@ -117,7 +117,8 @@ def mails(files: Files) -> Texts:
     for _, content in files:
         message = email.message_from_bytes(content)
         parts = {part.get_content_type(): part for part in reversed(list(message.walk()))}
-        if part := parts.get("text/plain") or parts.get("text/html"):
+        part = parts.get("text/plain", parts.get("text/html"))
+        if part is not None:  # a part without headers counts as false
             text = _decoded(part)
             if part.get_content_type() == "text/html":
                 text = re.sub(r"<(style|script)\b.*?</\1>", " ", text, flags=re.DOTALL | re.IGNORECASE)

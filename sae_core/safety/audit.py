@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -215,15 +215,15 @@ def _audit_one(concept: Concept, drawn: Drawn, settings: SafetySettings, atlas: 
     test = [read(side["test"]) for side in (drawn.positive, drawn.negative)]
     shifted = [read(side) for side in drawn.shifted] if drawn.shifted and all(map(len, drawn.shifted)) else None
     groups = _groups(drawn.positive["test"]), _groups(drawn.negative["test"])
-    best = best_features(*find, *test, settings.features, atlas.name, groups)
+    best = best_features(find[0], find[1], test[0], test[1], settings.features, atlas.name, groups)
     probe = fit_probe(find[0].raw, find[1].raw)
     words = fit_words(*([text.text for text in side["find"]] for side in (drawn.positive, drawn.negative)))
     live = np.union1d(find[0].max.indices, find[1].max.indices)
     score_words = [words.decision_function([t.text for t in s["test"]]) for s in (drawn.positive, drawn.negative)]
     shifted_words = shifted_probe = None
     if shifted and drawn.shifted:
-        shifted_probe = _rated(*(probe.scores(side.raw) for side in shifted))
-        shifted_words = _rated(*(words.decision_function([t.text for t in side]) for side in drawn.shifted))
+        shifted_probe = _rated(probe.scores(side.raw) for side in shifted)
+        shifted_words = _rated(words.decision_function([t.text for t in side]) for side in drawn.shifted)
     detector, measured, why = _monitor(concept, drawn, best, settings, read, test)
     about = concept.about
     found = ConceptAudit(
@@ -232,7 +232,7 @@ def _audit_one(concept: Concept, drawn: Drawn, settings: SafetySettings, atlas: 
                                                                 ("negative", drawn.negative)) for split in SPLITS},
         len(set(groups[0].tolist())), drawn.duplicates, drawn.why_no_claim,
         [Candidate(s, specificity(atlas.features, s.feature, about), _on(shifted, s)) for s in best],
-        _rated(*(probe.scores(side.raw) for side in test), groups=groups), _rated(*score_words, groups=groups),
+        _rated((probe.scores(side.raw) for side in test), groups), _rated(score_words, groups),
         random_features(live, *test), shifted_probe, shifted_words, measured, why,
     )  # fmt: skip
     return found, detector
@@ -268,10 +268,11 @@ def _on(sides: list[Pooled] | None, separating: Separating) -> Rated | None:
     """A feature's AUC on other prompts."""
     if sides is None:
         return None
-    return _rated(*(getattr(s, separating.pool)[:, [separating.feature]].toarray()[:, 0] for s in sides))
+    return _rated(getattr(s, separating.pool)[:, [separating.feature]].toarray()[:, 0] for s in sides)
 
 
-def _rated(positive: np.ndarray, negative: np.ndarray, groups: Any = None) -> Rated:
+def _rated(sides: Iterable[np.ndarray], groups: tuple[np.ndarray, np.ndarray] | None = None) -> Rated:
+    positive, negative = sides
     low, high = interval(positive, negative, groups)
     return Rated(float(auc(positive[:, None], negative[:, None])[0]), low, high)
 

@@ -5,7 +5,7 @@ their place in the seeded stream. The same rule gives the same prompts in every 
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import product, zip_longest
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import numpy as np
 from sae_core.corpus.documents import Skipped, read_documents
 from sae_core.prompt_search import CLAIM_PROMPTS
 from sae_core.safety.concepts import Concept, Rule, Sizes
-from sae_core.safety.generators import GENERATORS
+from sae_core.safety.generators import GENERATORS, Made
 from sae_core.study import Source
 
 SPLITS = ("find", "calibrate", "test")
@@ -92,7 +92,7 @@ def _of_rule(rule: Rule, sizes: Sizes) -> Side:
     if rule.source:
         return _from_documents(rule, sizes)
     if rule.generator:
-        return _generated(rule, sizes)
+        return _generated(GENERATORS[rule.generator], sizes)
     return _written(rule, sizes)
 
 
@@ -138,8 +138,8 @@ def _documents(source: str) -> tuple[str, ...]:
     return tuple(document.text for document in read_documents(Source(source=source), _LONGEST, Skipped()))
 
 
-def _generated(rule: Rule, sizes: Sizes) -> Side:
-    stream = GENERATORS[rule.generator](np.random.default_rng(0))
+def _generated(maker: Callable[[np.random.Generator], Made], sizes: Sizes) -> Side:
+    stream = maker(np.random.default_rng(0))
     return {split: [Text(*next(stream)) for _ in range(2 * getattr(sizes, split))] for split in SPLITS}
 
 

@@ -62,11 +62,11 @@ class Echo(Monitor):
 def test_alerts_are_json_lines_and_number_the_texts_over_all_batches(
     batch: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    watch(Echo(), io.BytesIO("a\n\nb\n".encode() + b'{"text": "\xc3\xa9"}'), batch)
+    watch(Echo(), io.BytesIO(b'a\n\nb\n{"text": "\xc3\xa9"}'), batch)
     alerts = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(alert["text"], alert["concept"]) for alert in alerts] == [(0, "a"), (1, "b"), (2, "é")]
 
 
 def test_a_stream_that_is_no_utf8_is_refused_by_line() -> None:
-    with pytest.raises(MindAtlasError, match="line 2 is not UTF-8 .byte 0xe9"):
+    with pytest.raises(MindAtlasError, match="line 2 is not UTF-8"):
         watch(Echo(), io.BytesIO(b"fine\ncaf\xe9\n"), 1)
