@@ -28,12 +28,19 @@ ActivationsRun = launchpad(ActivationSettings, "hook", "layer")
 def activations(context: dg.AssetExecutionContext, config: ActivationsRun, workshop: Workshop) -> dg.MaterializeResult:
     """Vectors of one site for every token of the corpus; attention sinks are marked. NaN is refused on the way."""
     from sae_core.activations import harvest
+    from sae_core.activations.elsewhere import forget_older
     from sae_core.door import require_batch, require_site
 
     def build(order: Order, draft: Draft, report: Report) -> dict[str, Any]:
         study, corpus = order.study, draft.parents["corpus"]
         require_site(study, report)
         require_batch(study, corpus.manifest.summary)
-        return harvest(study.activations, study.model, corpus.folder, draft.folder, workshop.torch_device(), report)
+        with workshop.pool() as pool:
+            return harvest(
+                study.activations, study.model, corpus.folder, draft.folder, workshop.torch_device(), report,
+                workshop.elsewhere(draft), pool,
+            )  # fmt: skip
 
-    return workshop.make(context, "activations", config, build)
+    result = workshop.make(context, "activations", config, build)
+    forget_older(workshop.store.get("activations", context.partition_key).folder)
+    return result

@@ -3,39 +3,62 @@
 from typing import Any
 
 import dagster as dg
+from pydantic import Field
 
 from assets.checks import specs
 from assets.features import features
+from assets.neighbors import neighbors
 from assets.partitions import dictionaries
+from assets.plots import score_histograms
 from assets.resources import Workshop, launchpad
-from sae_core.artifacts import Made
+from sae_core.artifacts import Draft, Made
+from sae_core.progress import Report
 from sae_core.stages import VERSIONS
+from sae_core.studies import Order
 from sae_core.study import LabelSettings
 
-LabelsRun = launchpad(LabelSettings)
+PASSING = dg.RetryPolicy(max_retries=3, delay=30, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
+"""For a server that stops answering midway: again after about 30, 90 and 210 seconds. What was answered is kept."""
+
+
+class LabelsRun(launchpad(LabelSettings)):  # type: ignore[misc]
+    """The settings, and features to label beside those that are labeled."""
+
+    only: list[int] = Field(
+        [], description="Features by number: only these are asked about, and the other rows stay as they are."
+    )
 
 
 @dg.asset(
     partitions_def=dictionaries,
-    deps=[features],
+    deps=[features, neighbors],
     group_name="labels",
     kinds={"openai", "parquet"},
     code_version=str(VERSIONS["labels"]),
     check_specs=specs("labels"),
+    retry_policy=PASSING,
 )
 def labels(context: dg.AssetExecutionContext, config: LabelsRun, workshop: Workshop) -> dg.MaterializeResult:
     """Labels through any OpenAI-compatible endpoint, or a local llama.cpp server; a lexical label for every feature."""
     from sae_core.labels import build_labels
+    from sae_core.labels.scoring.score import Ground
 
-    return workshop.make(
-        context, "labels", config,
-        lambda order, draft, report: build_labels(
-            order.study.labels, draft.parents["features"].folder, draft.folder, report
-        ),
-        _examples,
-    )  # fmt: skip
+    def build(order: Order, draft: Draft, report: Report) -> dict[str, Any]:
+        features, key = draft.parents["features"].folder, workshop.api_key or None
+        finished = workshop.finished(draft) if config.only else None
+        ground = Ground(order.study.model, draft.parents["neighbors"].folder)
+        return build_labels(order.study.labels, features, draft.folder, report, key, config.only, finished, ground)
+
+    return workshop.make(context, "labels", config, build, _describe)
 
 
-def _examples(made: Made) -> dict[str, Any]:
-    rows = [{key: str(value) for key, value in row.items()} for row in made.manifest.summary["examples"]]
-    return {"examples": dg.MetadataValue.table([dg.TableRecord(row) for row in rows])} if rows else {}
+def _describe(made: Made) -> dict[str, Any]:
+    summary = made.manifest.summary
+    rows = [{key: str(value) for key, value in row.items()} for row in summary["examples"]]
+    examples = {"examples": dg.MetadataValue.table([dg.TableRecord(row) for row in rows])} if rows else {}
+    pictures = score_histograms(summary["scores"])
+    return (
+        pictures
+        | examples
+        | ({"dollars": "unknown: no table has this model's price"} if summary["dollars"] is None else {})
+    )

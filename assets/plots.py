@@ -72,6 +72,20 @@ def frontier_picture(points: Sequence[Point]) -> dict[str, dg.MetadataValue]:
     return {"frontier": _png(frontier_figure(points))} if len(points) > 1 else {}
 
 
+def score_histograms(scores: Mapping[str, Mapping[str, Sequence[float | None]]]) -> dict[str, dg.MetadataValue]:
+    """How many labels got which score, beside what another's label and the lexical one got; none without scores."""
+    if not scores:
+        return {}
+    figure = _figure(4 * len(scores), 2.6)
+    for axes, (scorer, found) in zip(np.atleast_1d(figure.subplots(1, len(scores))), scores.items(), strict=True):
+        values = [[value for value in of if value is not None] for of in found.values()]
+        axes.hist(values, np.linspace(0, 1, 21), label=list(found), color=[ACCENT, "#999999", "#4c78a8"])
+        axes.set_title(scorer)
+        axes.set_xlabel("score")
+        axes.legend(fontsize="small")
+    return {"scores": _png(figure)}
+
+
 def scatter(points: Path) -> dg.MetadataValue:
     """`map.parquet` as a picture: a point for each feature, colored by cluster."""
     table = pq.read_table(points).to_pydict()

@@ -1,9 +1,12 @@
 """The one resource: where things are kept, what the machine is, and how a stage is made with both."""
 
+import os
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import dagster as dg
 from filelock import FileLock
@@ -11,14 +14,18 @@ from pydantic import Field, ValidationError, create_model
 
 from assets.checks import result
 from assets.partitions import STUDIES
-from sae_core.artifacts import ArtifactStore, Draft, Made, home
-from sae_core.checks import verdicts
+from sae_core.artifacts import ArtifactError, ArtifactStore, Draft, Made, home
+from sae_core.checks import Verdict, verdicts
 from sae_core.errors import MindAtlasError
+from sae_core.generations import Snapshot, outdated, served
 from sae_core.progress import Report
 from sae_core.settings import Settings
 from sae_core.studies import Order
 from sae_core.study import DictionarySettings
 from sae_core.study_files import explain
+
+if TYPE_CHECKING:
+    from sae_core.activations.harvest import Pool
 
 Build = Callable[[Order, Draft, Report], dict[str, Any]]
 """Calls the one function of `sae_core` that makes a draft, and returns its summary."""
@@ -41,8 +48,9 @@ def launchpad(settings: type[Settings], *named: str) -> type[dg.Config]:
     fields: dict[str, Any] = {"again": (bool, Field(False, description="Make it again even when it is up to date."))}
     for name, field in settings.model_fields.items():
         annotation, choices = field.annotation, ""
-        if get_origin(annotation) is Literal:  # Dagster has no optional choice, so say them in words
-            choices, annotation = f" One of {', '.join(get_args(annotation))}.", str
+        of = get_args(annotation)[0] if get_origin(annotation) is list else annotation
+        if get_origin(of) is Literal:  # Dagster has no optional choice, so say them in words
+            choices, annotation = f" One of {', '.join(get_args(of))}.", str if of is annotation else list[str]
         if name not in named:
             text = f"{field.description or ''}{choices} Empty: what the study says."
             fields[name] = (annotation | None, Field(None, description=text))  # type: ignore[operator]
@@ -58,17 +66,61 @@ class Workshop(dg.ConfigurableResource):
     device: str = Field(
         default="auto", description="`cpu`, `cuda`, `cuda:1`; `auto` takes a CUDA device when there is one."
     )
+    api_key: str = Field(
+        default="", description="The label writer's key, as an EnvVar. Empty: OPENAI_API_KEY. It is kept nowhere."
+    )
+
+    workers: int = Field(
+        default=0, ge=0, description="Processes that read activations at once. 0: one for each GPU, or one on a CPU."
+    )
+    ray: str = Field(
+        default="", description="Address of a Ray cluster whose workers read activations: `auto`, `ray://host:10001`."
+    )
+    activations: str = Field(
+        default="",
+        description="URL that takes the activations, as `s3://bucket/folder`. Empty: MIND_ATLAS_ACTIVATIONS, or root.",
+    )
 
     @property
     def store(self) -> ArtifactStore:
         """The store that all stages read and write."""
         return ArtifactStore(Path(self.root) if self.root else home())
 
+    def finished(self, draft: Draft) -> Path:
+        """Folder of the artifact that a part is to be made again of.
+
+        Raises:
+            ArtifactError: there is none, or it was made otherwise than the study has it now.
+        """
+        status = self.store.status(draft.recipe)
+        if status.state != "made" or self.store.draft_folder(draft.recipe):  # the latter: its parents changed since
+            why = status.why or "what it is made from changed"
+            raise ArtifactError(f"{draft.recipe.key} is not up to date ({why}): run `mind-atlas run` first")
+        return self.store.get(draft.recipe.stage, draft.recipe.slug).folder
+
     def torch_device(self) -> str:
         """The device to compute on."""
         import torch  # heavy: only a running step pays for it
 
         return self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+    @contextmanager
+    def pool(self) -> Iterator["Pool | None"]:
+        """Those who read activations beside this process, while the `with` lasts; None when there is nobody."""
+        from sae_core.activations import parallel  # torch
+
+        device = self.torch_device()
+        if self.ray:
+            with _cluster(self.ray).yield_for_execution(dg.build_init_resource_context()):
+                yield parallel.on_ray(self.workers, device)
+        else:
+            devices = parallel.devices(device, self.workers)
+            yield parallel.processes(devices) if len(devices) > 1 else None
+
+    def elsewhere(self, draft: Draft) -> str:
+        """URL that takes a draft's activations; empty when they stay in its folder."""
+        url = (self.activations or os.environ.get("MIND_ATLAS_ACTIVATIONS", "")).rstrip("/")
+        return f"{url}/{draft.recipe.slug}/{draft.folder.name}" if url else ""
 
     def make(
         self,
@@ -88,22 +140,23 @@ class Workshop(dg.ConfigurableResource):
             describe: metadata beyond the summary's numbers: tables and pictures.
 
         Raises:
-            dagster.Failure: with one line that a user can act on; it is not tried again.
+            dagster.Failure: with one line that a user can act on; tried again only where nothing is to be mended.
         """
         from sae_core.atlas import write_views  # brings DuckDB, which only a running step needs
 
         stage, slug = context.asset_key.path[-1], context.partition_key
-        changes = {k: v for k, v in config.model_dump().items() if v is not None and k != "again"}
+        asked = config.model_dump()
+        again = bool(asked.pop("again") or asked.pop("only", None))  # a part is made again by copying the rest
+        changes = {k: v for k, v in asked.items() if v is not None}
         report = _reporter(context, stage)
         try:
             order = STUDIES.order(slug, context.run.tags.get(STUDY_TAG)).override(section, changes)
-            again = bool(config.model_dump()["again"])
             recipe = order.recipe(stage, slug)
             made = self.store.make(recipe, lambda draft: self._alone(build, order, draft, report), again=again)
         except ValidationError as error:
             raise dg.Failure(f"{section}: {explain(error)}", allow_retries=False) from error
         except MindAtlasError as error:
-            raise dg.Failure(str(error), allow_retries=False) from error
+            raise dg.Failure(str(error), allow_retries=error.passing) from error
         write_views(self.store)
         context.log.info(f"{stage} {slug}: {'cached' if made.cached else f'made in {made.manifest.seconds:.0f} s'}")
         return dg.MaterializeResult(
@@ -121,9 +174,24 @@ class Workshop(dg.ConfigurableResource):
         for settings in order.study.dictionaries if STUDY_TAG in context.run.tags else []:
             recipe = order.recipe("dictionary", order.study.spec(settings).slug)
             folder = self.store.draft_folder(recipe)
-            if settings != order.dictionary and folder:
+            if settings != order.dictionary and folder and not self.previous(recipe.slug):
                 found[folder] = settings
         return found
+
+    def previous(self, slug: str) -> Path | None:
+        """Folder of the dictionary that is served under this name; a new one follows it, and is trained alone."""
+        now = served(self.store, slug)
+        return now.get("dictionary", slug).folder if isinstance(now, Snapshot) else None
+
+    def verdicts(self, order: Order, parents: dict[str, Made]) -> list[Verdict]:
+        """The checks of all stages."""
+        return [v for stage, made in parents.items() for v in verdicts(stage, made.manifest.summary, order)]
+
+    def collect(self, slug: str) -> None:
+        """Drop the generations that the dictionary's study does not want to keep any more."""
+        keep = STUDIES.order(slug).study.retraining.generations
+        for folder in outdated(self.store, keep):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _alone(self, build: Build, order: Order, draft: Draft, report: Report) -> dict[str, Any]:
         """Build while nothing else is built here: one heavy step at a time.
@@ -132,6 +200,14 @@ class Workshop(dg.ConfigurableResource):
         """
         with FileLock(self.store.root / ".machine.lock"):
             return build(order, draft, report)
+
+
+def _cluster(address: str) -> Any:
+    try:
+        from assets.cluster import Cluster
+    except ImportError:
+        raise MindAtlasError(f'ray = {address} needs Ray: pip install "mind-atlas[ray]", or leave it empty') from None
+    return Cluster(address=address)
 
 
 def _metadata(made: Made) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from sae_core.artifacts import PROJECT, ArtifactStore, home
+from sae_core.artifacts import ATLAS, PROJECT, ArtifactStore, home
 from sae_core.errors import MindAtlasError
 from sae_core.stages import VERSIONS
 
@@ -93,33 +93,84 @@ def chosen(command: Command) -> Command:
 @click.argument("study", default="quickstart")
 @click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a CUDA device when there is one.")
 @click.option(
-    "--until", type=click.Choice(list(VERSIONS)), default="labels", show_default=True, help="Make no stage after this."
+    "--until", type=click.Choice(list(VERSIONS)), default=ATLAS, show_default=True, help="Make no stage after this."
 )
+@click.option("--workers", default=0, type=click.IntRange(0), help="Processes that read activations at once.")
+@click.option("--ray", default="", metavar="ADDRESS", help="Read activations on a Ray cluster: auto, ray://host:10001.")
 @as_json
 @click.pass_obj
-def run(debug: bool, study: str, device: str, until: str, json_: bool) -> None:
+def run(debug: bool, study: str, device: str, until: str, workers: int, ray: str, json_: bool) -> None:
     """Make everything STUDY asks for that is missing or stale: a shipped study's name, or the path of a study file."""
-    name = _register(study)
-    os.environ.setdefault("DAGSTER_HOME", str(PROJECT))
-    if Path(os.environ["DAGSTER_HOME"]) == PROJECT:
-        os.chdir(PROJECT)  # dagster.yaml's paths are seen from the project's folder
+    wanted = _bring_up_to_date(debug, _register(study), until, device=device, workers=workers, ray=ray)
+    if until == ATLAS:
+        from pipelines.summary import show, summarize
 
+        show(summarize(wanted, ArtifactStore(home())), json_)
+
+
+@cli.command()
+@click.option("--feature", "numbers", multiple=True, type=int, metavar="N", help="May be given several times.")
+@click.option("--dry-run", is_flag=True, help="Say what it would take in requests, tokens and dollars, and stop.")
+@chosen
+@as_json
+@click.pass_obj
+def label(
+    debug: bool, numbers: tuple[int, ...], dry_run: bool, study: str, dictionary: str, json_: bool
+) -> None:  # fmt: skip
+    """Label single features with their study's label writer; all other labels stay as they are.
+
+    With --dry-run and no --feature, the estimate is for all the features that the study has labeled.
+    """
+    if not numbers and not dry_run:
+        raise click.UsageError("say which: --feature N; or --dry-run for what all the study's labels would cost")
+    atlas = _atlas(study, dictionary)
+    from assets.partitions import STUDIES
+    from pipelines.summary import show_estimate, show_labels
+
+    order = STUDIES.order(atlas.dictionary, _register(study) if study else None)
+    if dry_run:
+        from sae_core.labels.estimate import estimate_labels
+
+        folder = atlas.store.get("features", atlas.dictionary).folder
+        show_estimate(order.study.labels, estimate_labels(order.study.labels, folder, numbers), json_)
+        return
+    _settle()
     import dagster as dg
 
-    from assets.partitions import STUDIES
     from assets.resources import Workshop
-    from pipelines.console import err, progress
-    from pipelines.run import bring_up_to_date
-    from pipelines.summary import show, summarize
+    from pipelines.console import progress
+    from pipelines.run import materialize
+    from sae_core.labels import Labels
 
-    wanted, workshop = STUDIES.get(name), Workshop(device=device)
-    level = "DEBUG" if debug else "CRITICAL"
+    level, workshop = "DEBUG" if debug else "CRITICAL", Workshop()
     with dg.DagsterInstance.get() as instance, progress():
-        for recipe, status in bring_up_to_date(wanted, workshop, instance, until=until, log_level=level):
-            was = "cached" if status.state == "made" else f"made ({status.why})"
-            err.print(f"{recipe.stage:<12} {recipe.slug}: {was}", markup=False)
-    if until == "labels":
-        show(summarize(wanted, workshop.store), json_)
+        materialize("labels", atlas.dictionary, order.study, workshop, instance, level, only=list(numbers))
+    labels = Labels.open(atlas.store.get("labels", atlas.dictionary).folder)
+    show_labels([labels.label(number) for number in dict.fromkeys(numbers)], json_)
+
+
+@cli.command()
+@click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a CUDA device when there is one.")
+@click.pass_obj
+def refresh(debug: bool, device: str) -> None:
+    """Make again what is stale in every study that was built; what the schedules do, by hand."""
+    _settle()
+    from assets.partitions import STUDIES
+    from pipelines.jobs import is_built
+
+    built = [study.name for study in STUDIES if is_built(study, ArtifactStore(home()))]
+    if not built:
+        raise MindAtlasError("no study was built yet: `mind-atlas run` builds one")
+    failed = {}
+    for name in built:
+        try:
+            _bring_up_to_date(debug, name, ATLAS, device=device)
+        except Exception as error:
+            if not (message := _message(error)):
+                raise
+            failed[name] = message
+    if failed:
+        raise MindAtlasError("; ".join(f"{name}: {message}" for name, message in failed.items()))
 
 
 @cli.command()
@@ -160,20 +211,50 @@ def status(study: str, json_: bool) -> None:
 
 
 @cli.command()
+@click.option("--study", default="", help="Only what this study asks for; otherwise everything that is finished.")
+@click.option("--repair", is_flag=True, help="Remove damaged files, so that the next run makes these again.")
+@as_json
+def verify(study: str, repair: bool, json_: bool) -> None:
+    """Read everything made to the last byte and compare checksums; the exit status is 1 if something is damaged."""
+    from sae_core.verify import verify as check
+
+    keys = []
+    if study:
+        name = _register(study)
+        from assets.partitions import STUDIES
+        from sae_core.stages import recipes
+
+        keys = [recipe.key for recipe in recipes(STUDIES.get(name))]
+    from pipelines.console import out, print_json
+
+    found = []
+    for verdict in check(ArtifactStore(home()), keys, repair=repair):
+        found.append(verdict._asdict())
+        if not json_:
+            sound = f"{verdict.files} files, {verdict.gigabytes:.2f} GB, as they were made"
+            out.print(f"{verdict.artifact}: {'; '.join(verdict.damage.values()) or sound}", markup=False)
+    if json_:
+        print_json(found)
+    if broken := sum(len(verdict["damage"]) for verdict in found):
+        cure = "removed; `mind-atlas run` makes them" if repair else "`mind-atlas verify --repair` and `run` make them"
+        raise MindAtlasError(f"{broken} damaged files: {cure} again")
+
+
+@cli.command()
 @click.argument("words", nargs=-1, required=True)
 @click.option("--limit", default=10, show_default=True, type=click.IntRange(1))
 @chosen
 @as_json
 def features(words: tuple[str, ...], limit: int, study: str, dictionary: str, json_: bool) -> None:
     """Find features by WORDS in their labels, examples and promoted tokens."""
-    from pipelines.console import out, print_json, table
+    from pipelines.console import doubted, out, print_json, table
 
     atlas = _atlas(study, dictionary)
     hits = atlas.search(" ".join(words), limit)
     if json_:
         print_json(hits)
     elif hits:
-        rows = [(h.feature, h.label, h.score, h.density, h.why) for h in hits]
+        rows = [(h.feature, doubted(h.label, h.beats_control), h.score, h.density, h.why) for h in hits]
         out.print(table(("feature", "label", "score", "density", "found in"), rows))
     else:
         out.print("nothing found: try fewer or other words", markup=False)
@@ -347,23 +428,84 @@ def monitor(
 @cli.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
-    "--format", "format_", required=True, type=click.Choice(["saelens", "dictionary_learning", "sparsify"]),
-    help="The library that is to read it.",
-)  # fmt: skip
+    "--format",
+    "format_",
+    required=True,
+    help="What is to read it.",
+    type=click.Choice(["saelens", "dictionary_learning", "sparsify", "neuronpedia", "site"]),
+)
+@click.option("--limit", type=click.IntRange(1), help="Features of a site, labeled ones first (default: all).")
 @chosen
 @as_json
-def export(folder: Path, format_: str, study: str, dictionary: str, json_: bool) -> None:
-    """Write a dictionary into the new folder FOLDER, in another library's format."""
+def export(folder: Path, format_: str, limit: int | None, study: str, dictionary: str, json_: bool) -> None:
+    """Write into the new folder FOLDER: a dictionary for another library, an atlas for Neuronpedia, or a web site."""
     from pipelines.console import out, print_json
     from sae_core import interop
 
+    if limit is not None and format_ != "site":
+        raise click.BadParameter("only a site is limited", param_hint="--limit")
     atlas = _atlas(study, dictionary)
-    interop.write(atlas.load_dictionary(), folder, format_, atlas.site)
-    written = {"dictionary": atlas.dictionary, "format": format_, "folder": str(folder.absolute())}
-    if json_:
-        print_json(written)
+    told = {"dictionary": atlas.dictionary, "format": format_, "folder": str(folder.absolute())}
+    if format_ == "site":
+        from pipelines.console import progress
+        from sae_core.serve.site import write_site
+
+        with progress() as watch:
+            told |= write_site(atlas.store, atlas.dictionary, folder, limit, watch("site"))
+    elif format_ == "neuronpedia":
+        from sae_core.interop import neuronpedia
+
+        told["folder"] = str(neuronpedia.write(atlas, folder).absolute())
     else:
-        out.print(f"{atlas.dictionary} is in {written['folder']}, as {format_} reads it", markup=False)
+        interop.write(atlas.load_dictionary(), folder, format_, atlas.site)
+    if json_:
+        print_json(told)
+    else:
+        out.print(f"{atlas.dictionary} is in {told['folder']}, as {format_}", markup=False)
+
+
+@cli.command()
+@chosen
+def rollback(study: str, dictionary: str) -> None:
+    """Serve the generation before the one that is served, and promote the latter no more."""
+    from pipelines.console import out
+    from sae_core.generations import roll_back
+
+    name = _atlas(study, dictionary).dictionary
+    generation = roll_back(ArtifactStore(home()), name)
+    out.print(f"{name}: generation {generation.number} is served", markup=False)
+
+
+@cli.command()
+@click.option("--keep", default=3, show_default=True, type=click.IntRange(1), help="Generations of each atlas to keep.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
+def gc(keep: int, dry_run: bool) -> None:
+    """Delete what no kept generation needs, nobody reads, and no run is making."""
+    import shutil
+
+    from pipelines.console import out
+    from sae_core.generations import outdated
+
+    total = 0
+    for folder in outdated(ArtifactStore(home()), keep):
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        total += size
+        out.print(f"{size / 1e6:10,.1f} MB  {folder}", markup=False)
+        if not dry_run:
+            shutil.rmtree(folder, ignore_errors=True)
+    out.print(f"{total / 1e6:10,.1f} MB  {'would be deleted' if dry_run else 'deleted'}", markup=False)
+
+
+@cli.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=7860, show_default=True, type=click.IntRange(0, 65535))
+@click.option("--expose", is_flag=True, help="Let other machines in, each with the token MIND_ATLAS_TOKEN.")
+@chosen
+def serve(host: str, port: int, expose: bool, study: str, dictionary: str) -> None:
+    """The atlas in the browser: feature pages, search, own texts, and a JSON API."""
+    from pipelines.serving import serve
+
+    serve(_atlas(study, dictionary).dictionary if study or dictionary else "", host, port, expose)
 
 
 @cli.command()
@@ -375,6 +517,32 @@ def ui(host: str, port: int) -> None:
     os.chdir(PROJECT)
     program = str(Path(sys.executable).with_name("dagster"))
     os.execv(program, [program, "dev", "-m", "pipelines.definitions", "-h", host, "-p", str(port)])
+
+
+def _settle() -> None:
+    """Where Dagster keeps its runs: DAGSTER_HOME, or the project's folder."""
+    os.environ.setdefault("DAGSTER_HOME", str(PROJECT))
+    if Path(os.environ["DAGSTER_HOME"]) == PROJECT:
+        os.chdir(PROJECT)  # dagster.yaml's paths are seen from the project's folder
+
+
+def _bring_up_to_date(debug: bool, name: str, until: str, **machine: Any) -> Any:
+    """Make what a study's stages lack, up to one of them, with progress; returns the study."""
+    _settle()
+    import dagster as dg
+
+    from assets.partitions import STUDIES
+    from assets.resources import Workshop
+    from pipelines.console import err, progress
+    from pipelines.run import bring_up_to_date
+
+    said = {"made": "cached", "refused": "refused"}
+    wanted, workshop, level = STUDIES.get(name), Workshop(**machine), "DEBUG" if debug else "CRITICAL"
+    with dg.DagsterInstance.get() as instance, progress():
+        for recipe, status in bring_up_to_date(wanted, workshop, instance, until=until, log_level=level):
+            was = f"{said.get(status.state, 'made')}{f' ({status.why})' if status.why else ''}"
+            err.print(f"{recipe.stage:<12} {recipe.slug}: {was}", markup=False)
+    return wanted
 
 
 def _register(study: str) -> str:
@@ -439,7 +607,7 @@ def _report(
     from assets.resources import Workshop
     from pipelines.console import progress
     from pipelines.reports import insert, show_report
-    from pipelines.run import make
+    from pipelines.run import materialize
     from sae_core.studies import Order
 
     wanted, workshop = STUDIES.get(name), Workshop(device=device)
@@ -447,7 +615,7 @@ def _report(
     recipe = Order(wanted, wanted.dictionaries[0]).override(stage, changes).recipe(stage, slug)
     with dg.DagsterInstance.get() as instance, progress():
         if workshop.store.status(recipe).state != "made":
-            make(recipe, wanted, workshop, instance, "DEBUG" if debug else "CRITICAL", changes)
+            materialize(stage, slug, wanted, workshop, instance, "DEBUG" if debug else "CRITICAL", **changes)
     made = workshop.store.get(stage, slug)
     if target:
         insert(made, target)

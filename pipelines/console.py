@@ -1,7 +1,7 @@
 """How the command line looks: progress bars, tables, highlighted examples. Nothing here computes."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from typing import Any
@@ -52,8 +52,11 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def progress() -> Iterator[None]:
-    """While inside, every stage that runs shows a bar with its rate and the time left, on standard error."""
+def progress() -> Iterator[Callable[[str], Report]]:
+    """While inside, every stage that runs shows a bar with its rate and the time left, on standard error.
+
+    Yields what makes a bar for work that is no stage.
+    """
     columns = (
         TextColumn("{task.description:<12}"), BarColumn(24), MofNCompleteColumn(), _Rate(), TimeRemainingColumn(),
         TextColumn("{task.fields[values]}"),
@@ -74,7 +77,7 @@ def progress() -> Iterator[None]:
 
         watchers.append(watch)
         try:
-            yield
+            yield watch
         finally:
             watchers.remove(watch)
 
@@ -89,6 +92,11 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     for row in rows:
         made.add_row(*(escape(f"{cell:.4g}" if isinstance(cell, float) else str(cell)) for cell in row))
     return made
+
+
+def doubted(label: str, beats_control: bool | None) -> str:
+    """The label, marked when another feature's label did as well in its place."""
+    return f"{label} (no better than another's label)" if beats_control is False else label
 
 
 def tokens(strings: Sequence[str], acts: Sequence[float], maximum: float) -> Text:

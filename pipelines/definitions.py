@@ -5,8 +5,8 @@ import dagster as dg
 from assets.resources import Workshop
 from pipelines.jobs import build_atlas, retrain
 from pipelines.run import ASSETS, STAGE_JOBS
-from pipelines.schedules import weekly_retraining
-from pipelines.sensors import corpus_files
+from pipelines.schedules import SCHEDULES
+from pipelines.sensors import SENSORS
 
 
 def build_defs(workshop: Workshop | None = None) -> dg.Definitions:
@@ -14,8 +14,8 @@ def build_defs(workshop: Workshop | None = None) -> dg.Definitions:
     return dg.Definitions(
         assets=ASSETS,
         jobs=[build_atlas, retrain, *STAGE_JOBS],
-        schedules=[weekly_retraining],
-        sensors=[corpus_files],
+        schedules=SCHEDULES,
+        sensors=SENSORS,
         resources={"workshop": workshop or Workshop()},
         executor=dg.multiprocess_executor.configured({"max_concurrent": 2}),
     )

@@ -1,12 +1,16 @@
 """Jobs over whole studies; the jobs of single stages are in `pipelines.run`."""
 
+from typing import Any
+
 import dagster as dg
 from pydantic import Field
 
 from assets.partitions import STUDIES
 from assets.resources import Workshop
 from pipelines.run import bring_up_to_date
+from sae_core.artifacts import ArtifactStore
 from sae_core.errors import MindAtlasError
+from sae_core.study import Study
 
 
 class StudyRun(dg.Config):
@@ -24,10 +28,9 @@ def study_up_to_date(context: dg.OpExecutionContext, config: StudyRun, workshop:
 @dg.op(description="Make again whatever is stale in every study that has been built here.")
 def built_studies_up_to_date(context: dg.OpExecutionContext, workshop: Workshop) -> None:
     """A study counts as built when one of its dictionaries was made."""
-    made = set(workshop.store.slugs("dictionary"))
     failed = {}
     for study in STUDIES:
-        if made & {study.spec(d).slug for d in study.dictionaries}:
+        if is_built(study, workshop.store):
             try:
                 _follow(context, study.name, workshop)
             except (MindAtlasError, dg.Failure) as error:  # one study's missing folder must not stop the others
@@ -46,6 +49,16 @@ def build_atlas() -> None:
 def retrain() -> None:
     """All built studies."""
     built_studies_up_to_date()
+
+
+def is_built(study: Study, store: ArtifactStore) -> bool:
+    """Whether one of the study's dictionaries was made."""
+    return bool(set(store.slugs("dictionary")) & {study.spec(d).slug for d in study.dictionaries})
+
+
+def build_config(study: Study) -> dict[str, Any]:
+    """The run config of `build_atlas` for a study."""
+    return {"ops": {"study_up_to_date": {"config": {"study": study.name}}}}
 
 
 def _follow(context: dg.OpExecutionContext, name: str, workshop: Workshop) -> None:

@@ -1,11 +1,12 @@
 """Bringing a study up to date, through Dagster: the one way the command line, a job and a schedule all use."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import dagster as dg
 
 from assets.activations import activations
+from assets.atlas import atlas
 from assets.corpus import corpus
 from assets.dictionary import dictionary
 from assets.feature_map import feature_map
@@ -16,11 +17,12 @@ from assets.neighbors import neighbors
 from assets.partitions import corpora, dictionaries, sites
 from assets.resources import STUDY_TAG, Workshop
 from assets.safety import safety
-from sae_core.artifacts import ArtifactStore, Recipe, Status
+from sae_core.artifacts import ATLAS, ArtifactStore, Recipe, Status
+from sae_core.generations import why_refused
 from sae_core.stages import ON_DEMAND, VERSIONS, recipes
 from sae_core.study import Study
 
-ASSETS = [corpus, activations, dictionary, features, neighbors, feature_map, labels, safety, multilingual]
+ASSETS = [corpus, activations, dictionary, features, neighbors, feature_map, labels, atlas, safety, multilingual]
 
 make_corpus = dg.define_asset_job(
     "make_corpus", selection="key:corpus", partitions_def=corpora, description="One corpus."
@@ -49,11 +51,20 @@ class Step(NamedTuple):
 
 def plan(study: Study, store: ArtifactStore) -> list[Step]:
     """Every stage of the study, parents first, made, stale or missing, and why."""
-    return [Step(recipe, store.status(recipe)) for recipe in recipes(study)]
+    return [Step(recipe, _status(study, store, recipe)) for recipe in recipes(study)]
+
+
+def _status(study: Study, store: ArtifactStore, recipe: Recipe) -> Status:
+    """How an artifact stands; an atlas that was refused is not made again until it, or what bounds it, changes."""
+    status = store.status(recipe)
+    if recipe.stage == ATLAS and status.state != "made":
+        why = why_refused(store, recipe.slug, recipe.fingerprint, study.retraining)
+        return Status("refused", why) if why else status
+    return status
 
 
 def bring_up_to_date(
-    study: Study, workshop: Workshop, instance: dg.DagsterInstance, *, until: str = "labels", log_level: str = "INFO"
+    study: Study, workshop: Workshop, instance: dg.DagsterInstance, *, until: str = ATLAS, log_level: str = "INFO"
 ) -> Iterator[Step]:
     """Make what is missing or stale, one Dagster run a stage, and yield each step when it is done or was found made.
 
@@ -69,27 +80,25 @@ def bring_up_to_date(
     """
     wanted = list(VERSIONS)[: list(VERSIONS).index(until) + 1]
     for recipe in (recipe for recipe in recipes(study) if recipe.stage in wanted):
-        step = Step(recipe, workshop.store.status(recipe))
-        if step.status.state != "made":
-            make(recipe, study, workshop, instance, log_level)
+        step = Step(recipe, _status(study, workshop.store, recipe))
+        if step.status.state not in {"made", "refused"}:
+            materialize(recipe.stage, recipe.slug, study, workshop, instance, log_level)
         yield step
 
 
-def make(
-    recipe: Recipe, study: Study, workshop: Workshop, instance: dg.DagsterInstance, log_level: str = "INFO",
-    changes: Mapping[str, Any] | None = None,
+def materialize(
+    stage: str, slug: str, study: Study, workshop: Workshop, instance: dg.DagsterInstance, log_level: str,
+    **config: Any,
 ) -> None:  # fmt: skip
-    """Make one artifact in a Dagster run of its own, from its parents as they are.
-
-    `changes` are settings that differ from the study's. Raises what the stage raised.
-    """
-    ops = {"ops": {recipe.stage: {"config": dict(changes)}}} if changes else {}
+    """One stage of a study, as one Dagster run; `config` is its run config. Raises what the stage raises."""
     defs = dg.Definitions(assets=ASSETS, jobs=STAGE_JOBS, resources={"workshop": workshop})
     stage_job = {"corpus": "make_corpus", "activations": "make_activations"} | dict.fromkeys(ON_DEMAND, "make_reports")
-    defs.resolve_job_def(stage_job.get(recipe.stage, "make_dictionary")).execute_in_process(
-        partition_key=recipe.slug,
-        asset_selection=[dg.AssetKey(recipe.stage)],
+    defs.resolve_job_def(stage_job.get(stage, "make_dictionary")).execute_in_process(
+        partition_key=slug,
+        asset_selection=[dg.AssetKey(stage)],
         instance=instance,
-        run_config={"loggers": {"console": {"config": {"log_level": log_level}}}, **ops},
+        run_config={
+            "loggers": {"console": {"config": {"log_level": log_level}}}, "ops": {stage: {"config": config}},
+        },
         tags={STUDY_TAG: study.name},
-    )
+    )  # fmt: skip

@@ -1,17 +1,22 @@
 """What a person is shown at the end of a run, of one feature, and of two answers side by side."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.columns import Columns
 from rich.panel import Panel
 from rich.text import Text
 
-from pipelines.console import out, print_json, table, tokens
+from pipelines.console import doubted, out, print_json, table, tokens
 from sae_core.artifacts import ArtifactStore
 from sae_core.atlas import FeatureCard
 from sae_core.checks import verdicts
+from sae_core.labels import LabelRow
 from sae_core.studies import Order
-from sae_core.study import Study
+from sae_core.study import LabelSettings, Study
+
+if TYPE_CHECKING:  # brings the client, which only the dry run needs
+    from sae_core.labels.estimate import Estimate
 
 HEALTH = {
     "fvu": "variance unexplained on held-out tokens (FVU)",
@@ -23,6 +28,7 @@ HEALTH = {
 }
 NEXT = """
 What to do next:
+  mind-atlas serve                                 the atlas in the browser
   mind-atlas features "some words"                 find features
   mind-atlas feature N                             one feature, with examples and neighbors
   mind-atlas explain "some text"                   which features fire on it, token by token
@@ -56,6 +62,8 @@ def show(summary: dict[str, Any], json_: bool) -> None:
     for found in summary["dictionaries"]:
         out.print(f"\n[bold]{found['name']}[/bold]")
         out.print(table(("measure", "value"), [(text, float(found["dictionary"][k])) for k, text in HEALTH.items()]))
+        if found["labels"]["stopped"]:
+            out.print(f"labels stopped: {found['labels']['stopped']}", markup=False)
         for text in found["failed_checks"]:
             out.print(f"[bold red]check failed[/bold red]: {text}")
         examples = found["labels"]["examples"]
@@ -70,9 +78,12 @@ def show_feature(card: FeatureCard, limit: int) -> None:
     """One feature: label, statistics, promoted tokens, examples with highlighted tokens, neighbors."""
     row = card.row
     out.print(f"[bold]feature {row.feature}[/bold]", end="  ")
-    out.print(card.name or "no label yet", markup=False)
+    beats_control = card.label.get("beats_control") if card.label else None
+    out.print(doubted(card.name, beats_control) or "no label yet", markup=False)
     if card.label and card.label["description"]:
         out.print(f"{card.label['description']}  [{card.label['kind']}; by {card.label['model']}]", markup=False)
+    if card.label and card.label.get("scores"):
+        _show_scores(card.label)
     if row.is_dead:
         out.print("dead: it never fires on the corpus", markup=False)
     out.print(
@@ -87,6 +98,55 @@ def show_feature(card: FeatureCard, limit: int) -> None:
     if card.neighbors:
         out.print()
         out.print(table(("neighbor", "cosine", "label"), [(n.feature, n.cosine, n.label) for n in card.neighbors]))
+
+
+def show_estimate(settings: LabelSettings, estimate: "Estimate", json_: bool) -> None:
+    """What a labeling would take, and what it may."""
+    limits = {"max_dollars": settings.max_dollars, "max_requests": settings.max_requests}
+    if json_:
+        print_json({**estimate._asdict(), **limits})
+        return
+    known = "unknown: its price is in no table" if estimate.dollars is None else f"about ${estimate.dollars:.4f}"
+    out.print(
+        f"{estimate.features:,} features by {settings.model} at {settings.base_url or 'this machine'}: "
+        f"{estimate.requests:,} requests, {estimate.cached:,} answered already; about {estimate.prompt_tokens:,} "
+        f"tokens read and {estimate.completion_tokens:,} written; dollars: {known}",
+        markup=False,
+    )
+    for name, limit in limits.items():
+        out.print(f"labels.{name} = {'none' if limit is None else f'{limit:g}'}", markup=False)
+
+
+def show_labels(rows: Sequence[LabelRow], json_: bool) -> None:
+    """Labels as they were written, and what they cost."""
+    if json_:
+        print_json(rows)
+        return
+    cells = [(r.feature, r.name, r.kind, r.status, "unknown" if r.dollars is None else r.dollars) for r in rows]
+    out.print(table(("feature", "label", "kind", "status", "dollars"), cells))
+    for row in (row for row in rows if row.error):
+        out.print(f"feature {row.feature}: {row.error}", markup=False)
+
+
+def _show_scores(label: dict[str, Any]) -> None:
+    """Each score with its interval, beside the controls' and by where the silent texts come from."""
+    headers = (
+        "scorer", "score", "95% interval", "another's label", "lexical label", "random", "nearest", "neighbor",
+        "no answer", "texts",
+    )  # fmt: skip
+    rows = [
+        (
+            s["scorer"], _cell(s["score"]), f"{_cell(s['low'])} to {_cell(s['high'])}", _cell(s["shuffled"]),
+            _cell(s["lexical"]), *(_cell(s[stratum]) for stratum in ("random", "nearest", "neighbor")),
+            f"{s['failed']:.0%}", f"{s['n_firing']} + {s['n_silent']}",
+        )
+        for s in label["scores"]
+    ]  # fmt: skip
+    out.print(table(headers, rows))
+
+
+def _cell(score: float | None) -> str:
+    return "-" if score is None else f"{score:.2f}"
 
 
 def show_side_by_side(answers: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -27,13 +27,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from sae_core.errors import MindAtlasError
 from sae_core.settings import fingerprint
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+ATLAS, GENERATION = "atlas", "generation.json"
+"""The stage that publishes what belongs together, and the file in its folder that says what does."""
 SCRATCH = "scratch"
 """Sub-folder of a draft for what only a resumed run needs (checkpoints); gone when the artifact is complete."""
 
@@ -116,7 +118,7 @@ class Made(NamedTuple):
 class Status(NamedTuple):
     """How an artifact stands to its recipe."""
 
-    state: Literal["made", "stale", "missing"]
+    state: Literal["made", "stale", "missing", "damaged", "refused"]
     why: str
 
 
@@ -166,15 +168,42 @@ class ArtifactStore:
         if manifest is None:
             return Status("missing", "never made")
         if manifest.fingerprint == recipe.fingerprint:
-            return Status("made", "")
+            damage = self.damage(manifest)
+            return Status("damaged", "; ".join(damage.values())) if damage else Status("made", "")
         return Status("stale", "; ".join(_differences(manifest, recipe)))
+
+    def damage(self, manifest: Manifest, *, full: bool = False) -> dict[str, str]:
+        """Files of a finished artifact that are not as they were made, by name, and what is wrong with each.
+
+        The sizes are always looked at, which takes no time; `full` reads every byte too, and compares the SHA-256.
+        """
+        folder, found = self._home(manifest.stage, manifest.slug) / manifest.folder, {}
+        for name, wanted in manifest.files.items():
+            try:
+                size = (folder / name).stat().st_size
+                if size != wanted["bytes"]:
+                    found[name] = f"{name} has {size} bytes and not {wanted['bytes']}"
+                elif full and file_sha256(folder / name) != wanted["sha256"]:
+                    found[name] = f"{name} has other content than was written"
+            except FileNotFoundError:
+                found[name] = f"{name} is missing"
+            except OSError as error:
+                found[name] = f"{name} cannot be read ({error.strerror})"
+        return found
+
+    def remove(self, manifest: Manifest, files: Iterable[str]) -> None:
+        """Remove damaged files of a finished artifact: the next `make` makes them again, and what lies whole stays."""
+        with self._lock(manifest.stage, manifest.slug):
+            for name in files:
+                (self._home(manifest.stage, manifest.slug) / manifest.folder / name).unlink(missing_ok=True)
 
     def make(self, recipe: Recipe, build: Callable[[Draft], dict[str, Any]], *, again: bool = False) -> Made:
         """Return the artifact, made by `build` unless it is there with the right fingerprint.
 
         `build` writes into `draft.folder` and returns the summary (JSON values). A second call for the same artifact,
         in this or another process, waits until the first is done and then finds its result. What exists stays
-        readable until the new version is complete.
+        readable until the new version is complete. An artifact that has lost files, or parts of them, is mended where
+        it lies: the broken files are removed, and `build` goes on from the rest.
 
         Args:
             recipe: what is wanted. Parents are taken as they are on disk; their actual fingerprints are recorded.
@@ -182,14 +211,20 @@ class ArtifactStore:
             again: make it even when it is there.
 
         Raises:
-            ArtifactError: a parent is missing, the disk is full, or the result cannot be written.
+            ArtifactError: a parent is missing or damaged, the disk is full, or the result cannot be written.
         """
-        with self._lock(recipe):
+        with self._lock(recipe.stage, recipe.slug):
             parents, actual, wanted = self._wanted(recipe)
             found = self.manifest(recipe.stage, recipe.slug)
             if found and found.fingerprint == wanted and not again:
-                return self.get(recipe.stage, recipe.slug)
-            name = wanted if not found or found.folder != wanted else f"{wanted}.again"
+                damage = self.damage(found)
+                if not damage:
+                    return self.get(recipe.stage, recipe.slug)
+                name = found.folder
+                for broken in damage:
+                    (self._home(recipe.stage, recipe.slug) / name / broken).unlink(missing_ok=True)
+            else:
+                name = wanted if not found or found.folder != wanted else f"{wanted}.again"
             folder = self._home(recipe.stage, recipe.slug) / name
             folder.mkdir(parents=True, exist_ok=True)
             start = time.monotonic()
@@ -212,6 +247,9 @@ class ArtifactStore:
     def _wanted(self, recipe: Recipe) -> tuple[dict[str, Made], dict[str, str], str]:
         """The parents as they are, by stage; their fingerprints; and the artifact's that follows."""
         parents = {parent.stage: self.get(parent.stage, parent.slug) for parent in recipe.parents}
+        for made in parents.values():
+            if damage := self.damage(made.manifest):
+                raise ArtifactError(f"{made.folder}: {'; '.join(damage.values())}: `mind-atlas run` makes it again")
         actual = {made.manifest.key: made.manifest.fingerprint for made in parents.values()}
         return parents, actual, recipe.fingerprint_from(actual)
 
@@ -222,12 +260,37 @@ class ArtifactStore:
         kept = (path for path in sorted(folder.rglob("*")) if path.is_file() and folder / SCRATCH not in path.parents)
         files = {str(path.relative_to(folder)): _describe(path) for path in kept}
         manifest = replace(manifest, files=files)
-        with write_atomically(folder.parent / MANIFEST) as path:
-            path.write_text(json.dumps(asdict(manifest), indent=1), "utf-8")
-        for other in (*folder.parent.iterdir(), folder / SCRATCH):
-            if other.is_dir() and other != folder:
-                shutil.rmtree(other, ignore_errors=True)
+        copy = [folder] if manifest.stage == ATLAS else []  # for whoever goes back to this generation
+        for home in (*copy, folder.parent):
+            with write_atomically(home / MANIFEST) as path:
+                path.write_text(json.dumps(asdict(manifest), indent=1), "utf-8")
+        for other in (folder / SCRATCH, *self.unused(manifest)):
+            shutil.rmtree(other, ignore_errors=True)
         return Made(manifest, folder, cached=False)
+
+    def unused(self, manifest: Manifest, without: Iterable[Path] = ()) -> list[Path]:
+        """Folders beside an artifact's that neither it needs, nor a generation of an atlas (see `generations`).
+
+        The generations in the folders `without` do not count.
+        """
+        home, generations = self._home(manifest.stage, manifest.slug), self._generations(set(without))
+        needed = {manifest.folder, *(path.name for path in generations if path.parent == home)}
+        if manifest.stage != "activations":  # which nobody reads afterwards, and which are large
+            needed |= {said[manifest.key]["folder"] for said in generations.values() if manifest.key in said}
+        return [path for path in sorted(home.iterdir()) if path.is_dir() and path.name not in needed]
+
+    def _generations(self, without: set[Path]) -> dict[Path, dict[str, Any]]:
+        """What the generations that are kept are made of, by their folders."""
+        files = (path for path in self.root.glob(f"{ATLAS}/*/*/{GENERATION}") if path.parent not in without)
+        return {path.parent: json.loads(path.read_text("utf-8"))["manifests"] for path in files}
+
+    def is_being_made(self, stage: str, slug: str) -> bool:
+        """Whether some process is making the artifact now."""
+        try:
+            with FileLock(self._home(stage, slug) / ".lock", timeout=0):
+                return False
+        except Timeout:
+            return True
 
     def _home(self, stage: str, slug: str) -> Path:
         if not slug or "/" in slug or "\\" in slug or slug.startswith("."):
@@ -235,9 +298,9 @@ class ArtifactStore:
         return self.root / stage / slug
 
     @contextmanager
-    def _lock(self, recipe: Recipe) -> Iterator[None]:
+    def _lock(self, stage: str, slug: str) -> Iterator[None]:
         """One maker at a time; the system frees the lock when its owner dies."""
-        home = self._home(recipe.stage, recipe.slug)
+        home = self._home(stage, slug)
         try:
             home.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -267,6 +330,17 @@ def write_atomically(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def new_folder(folder: Path) -> None:
+    """Make a folder to export into. Raises ArtifactError when it holds something already, or cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = next(folder.iterdir(), None)
+    except OSError as error:
+        raise ArtifactError(f"cannot write to {folder}: {error.strerror}; name another folder") from None
+    if taken:
+        raise ArtifactError(f"{folder} holds {taken.name} already: name a new or an empty folder")
 
 
 def require_space(folder: Path, needed: int) -> None:

@@ -7,11 +7,11 @@ one DuckDB file. Light until `Atlas.explain`, which needs the language model and
 import re
 import threading
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import duckdb
 from filelock import FileLock
@@ -19,7 +19,9 @@ from filelock import FileLock
 from sae_core.artifacts import ArtifactError, ArtifactStore, write_atomically
 from sae_core.errors import MindAtlasError
 from sae_core.features import Example, FeatureRow, Features
+from sae_core.generations import served
 from sae_core.names import DictionarySpec, Site
+from sae_core.settings import DOCUMENTED
 
 if TYPE_CHECKING:
     from sae_core.dictionary import Dictionary
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 _TABLES = {
     "features": ("features", "features.parquet"),
     "examples": ("features", "examples.parquet"),
+    "windows": ("features", "windows.parquet"),
     "labels": ("labels", "labels.parquet"),
     "neighbors": ("neighbors", "neighbors.parquet"),
     "map": ("feature_map", "map.parquet"),
@@ -60,13 +63,22 @@ class SearchError(MindAtlasError):
 class Hit:
     """A feature that a search found."""
 
+    __pydantic_config__ = DOCUMENTED
+
     feature: int
     label: str
     score: float
     """Higher is better; comparable within one search only."""
     why: str
-    """Where it was found, with the text around."""
+    """Where it was found, with the text around; empty when no words were searched."""
     density: float
+    max_act: float = 0.0
+    kind: str = ""
+    """The label's kind; empty where no label was written."""
+    label_score: float | None = None
+    cluster: int | None = None
+    beats_control: bool | None = None
+    """Whether the label did better than another feature's on text that its writer did not see; None: not scored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +117,11 @@ class FeatureCard:
 class Fired:
     """A feature that fires on a token."""
 
+    __pydantic_config__ = DOCUMENTED
+
     feature: int
     value: float
+    """Its activation."""
     label: str
 
 
@@ -114,19 +129,56 @@ class Fired:
 class ExplainedToken:
     """A token of a text, and the features that fire on it most strongly."""
 
+    __pydantic_config__ = DOCUMENTED
+
     token: str
     features: list[Fired]
+    value: float | None = None
+    """What the feature that was asked for does here; None when none was."""
+
+
+class Filters(NamedTuple):
+    """Which features a search may find."""
+
+    min_density: float = 0.0
+    max_density: float = 1.0
+    min_score: float | None = None
+    """Of the label, by the first of `SCORES` that it has."""
+    kind: str = ""
+    """The label's: `input`, `output`, `both`, `unclear`."""
+    cluster: int | None = None
+    """On the map; -1 is none."""
+    written: bool = False
+    """Leave out features without a written label."""
+    alive: bool = False
+    """Leave out features that never fire."""
+
+
+ALL = Filters()
+
+SORTS = {
+    "relevance": "total DESC",
+    "density": "density DESC",
+    "rarity": "density",
+    "strength": "max_act DESC",
+    "score": "label_score DESC NULLS LAST",
+    "number": "feature",
+}
+"""How found features may be sorted."""
+
+SCORES = ("detection", "fuzzing", "embedding")
+"""What says how far to believe a label, the best to go by first."""
 
 
 class Atlas:
     """What is known of one dictionary's features. Safe to use from several threads."""
 
     def __init__(self, store: ArtifactStore, dictionary: str) -> None:
-        self.store, self.dictionary = store, dictionary
-        self.features = Features.open(store.get("features", dictionary).folder)
+        self.store, self.dictionary = served(store, dictionary), dictionary
+        self.features = Features.open(self.store.get("features", dictionary).folder)
         self._lock = threading.Lock()
         self._database = duckdb.connect(config={"autoinstall_known_extensions": "false"})
-        self._tables = set(_create_views(self._database, store, [dictionary]))
+        self._tables = set(_create_views(self._database, self.store, [dictionary]))
 
     @classmethod
     def open(cls, store: ArtifactStore, dictionary: str = "") -> "Atlas":
@@ -156,7 +208,9 @@ class Atlas:
         """The feature's label, or its lexical label where none was written; empty before labels are made."""
         return self._names.get(feature, "")
 
-    def search(self, query: str, limit: int = 20) -> list[Hit]:
+    def search(
+        self, query: str, limit: int = 20, filters: Filters = ALL, sort: str = "relevance", offset: int = 0
+    ) -> list[Hit]:
         """Features by words: in labels, in the tokens they promote or fire on, and in their examples' text.
 
         A word matches at the start of words, in any case; several words also match as a phrase. Each term counts by
@@ -180,15 +234,110 @@ class Atlas:
                 SELECT term, ln(1 + ((SELECT count(*) FROM features) - count(DISTINCT feature) + 0.5)
                                      / (count(DISTINCT feature) + 0.5)) AS idf
                 FROM found GROUP BY term),
-            scored AS (SELECT *, weight * idf * n / (n + {_SATURATION}) AS score FROM found JOIN rarity USING (term)),
-            best AS (
-                SELECT feature, sum(score) * count(DISTINCT term) / {len(terms)} AS total,
-                    arg_max({{field: field, term: term, text: text}}, (score, field, term)) AS why
-                FROM scored GROUP BY feature)
-            SELECT feature, total, why, density FROM best JOIN features USING (feature)
-            ORDER BY total DESC, feature LIMIT ?"""
-        rows = self._query(found, [*(part for term in terms for part in (term, _pattern(term))), limit])
-        return [Hit(i, self.name(i), score, _why(**why), density) for i, score, why, density in rows]
+            scored AS (SELECT *, weight * idf * n / (n + {_SATURATION}) AS score FROM found JOIN rarity USING (term))
+            SELECT feature, sum(score) * count(DISTINCT term) / {len(terms)} AS total,
+                arg_max({{field: field, term: term, text: text}}, (score, field, term)) AS why
+            FROM scored GROUP BY feature"""
+        parameters = [part for term in terms for part in (term, _pattern(term))]
+        return self._hits(found, parameters, filters, sort, limit, offset)
+
+    def browse(self, limit: int = 20, filters: Filters = ALL, sort: str = "number", offset: int = 0) -> list[Hit]:
+        """Features that pass the filters, without a search. Raises SearchError when there is no such order."""
+        return self._hits(
+            "SELECT feature, 0::DOUBLE AS total, NULL AS why FROM features", [], filters, sort, limit, offset
+        )
+
+    def multilingual(self, limit: int = 20) -> list[Hit]:
+        """Features whose strongest examples are spread most evenly over languages (largest entropy first).
+
+        None where the languages of documents are not known.
+        """
+        if "documents" not in self._tables or "language" not in self._columns("documents"):
+            return []
+        found = """
+            SELECT feature, -sum(n / total * ln(n / total)) AS total, {field: 'languages', term: '',
+                text: string_agg(language, ', ' ORDER BY n DESC, language)} AS why
+            FROM (SELECT feature, language, count(*) AS n, sum(count(*)) OVER (PARTITION BY feature) AS total
+                  FROM examples JOIN documents USING (document) WHERE language <> '' AND examples.kind = 'top'
+                  GROUP BY feature, language)
+            GROUP BY feature HAVING count(*) > 1"""
+        return self._hits(found, [], ALL, "relevance", limit, 0)
+
+    def documents(self, numbers: Iterable[int]) -> dict[int, dict[str, str]]:
+        """Source, title and language of documents, by number; nothing for those that are not there any more."""
+        if not {"source", "title", "language"} <= self._columns("documents"):
+            return {}
+        sql = "SELECT document, source, title, language FROM documents WHERE document IN (SELECT unnest(?::INT[]))"
+        rows = self._query(sql, [list(numbers)])
+        return {number: {"source": a, "title": b, "language": c} for number, a, b, c in rows}
+
+    def together(self, feature: int, limit: int = 10) -> list[tuple[int, int]]:
+        """Features at whose examples' peaks this one fires too, within its own examples: (feature, number of peaks).
+
+        Only what examples show is counted: firings are not kept, so this finds companions and measures nothing.
+        """
+        sql = """
+            WITH fires AS (
+                SELECT DISTINCT document, position - peak + place - 1 AS position
+                FROM (SELECT document, position, peak, unnest(acts) AS act, generate_subscripts(acts, 1) AS place
+                      FROM examples WHERE feature = ?)
+                WHERE act > 0)
+            SELECT feature, count(*) AS n FROM examples JOIN fires USING (document, position) WHERE feature <> ?
+            GROUP BY feature ORDER BY n DESC, feature LIMIT ?"""
+        return self._query(sql, [feature, feature, limit])
+
+    @cached_property
+    def has_scores(self) -> bool:
+        """Whether some label was scored."""
+        asked = "SELECT count(*) FROM labels WHERE len(scores) > 0"
+        return "scores" in self._columns("labels") and bool(self._query(asked)[0][0])
+
+    def _hits(
+        self, found: str, parameters: list[Any], filters: Filters, sort: str, limit: int, offset: int
+    ) -> list[Hit]:
+        """The features of a query with columns feature, total and why, filtered and in order."""
+        if sort not in SORTS:
+            raise SearchError(f"{sort!r} is no order: choose one of {', '.join(SORTS)}")
+        each = (f"list_filter(scores, lambda s: s.scorer = '{name}')[1].score" for name in SCORES)
+        score = f"coalesce({', '.join(each)})" if self.has_scores else "NULL::DOUBLE"
+        nothing = "SELECT NULL::INT AS feature, '' AS label, '' AS kind, NULL::INT AS cluster"
+        labels = f"SELECT feature, label, kind, {score} AS label_score FROM labels"
+        labels = labels if "kind" in self._columns("labels") else f"SELECT *, {score} AS label_score FROM ({nothing})"
+        places = "SELECT feature, cluster FROM map" if "map" in self._tables else nothing
+        where = ["density BETWEEN ? AND ?"]
+        values: list[float | str] = [filters.min_density, filters.max_density]
+        for condition, value in (
+            ("labels.label_score >= ?", filters.min_score),
+            ("labels.kind = ?", filters.kind or None),
+            ("places.cluster = ?", filters.cluster),
+            ("coalesce(labels.label, '') > ?", "" if filters.written else None),
+            ("n_fired > ?", 0 if filters.alive else None),
+        ):
+            if value is not None:
+                where.append(condition)
+                values.append(value)
+        sql = f"""
+            SELECT feature, total, why, density, max_act, labels.kind, labels.label_score, places.cluster
+            FROM ({found}) JOIN features USING (feature)
+            LEFT JOIN ({labels}) labels USING (feature) LEFT JOIN ({places}) places USING (feature)
+            WHERE {" AND ".join(where)} ORDER BY {SORTS[sort]}, feature LIMIT ? OFFSET ?"""
+        return [
+            Hit(
+                i,
+                self.name(i),
+                total,
+                _why(**why) if why else "",
+                density,
+                max_act,
+                kind or "",
+                label_score,
+                cluster,
+                self._beats_control.get(i),
+            )
+            for i, total, why, density, max_act, kind, label_score, cluster in self._query(
+                sql, [*parameters, *values, limit, offset]
+            )
+        ]
 
     def feature(self, feature: int, neighbors: int = 10) -> FeatureCard:
         """Everything about one feature. Raises FeatureError when there is no such feature."""
@@ -210,12 +359,23 @@ class Atlas:
 
         Attention sinks (see `ActivationSettings.sink_norm`) get no features: dictionaries are not trained on them.
         """
-        from sae_core.features.on_text import features_on_text  # torch, which nothing else here needs
+        return list(self.explain_lazily(lm, text, per_token))
 
-        return [
-            ExplainedToken(token, [Fired(i, value, self.name(i)) for i, value in fired])
-            for token, fired in features_on_text(self.store, self.dictionary, lm, text, per_token, self.sink_norm)
-        ]
+    def explain_lazily(
+        self, lm: "LanguageModel", text: str, per_token: int = 5, feature: int | None = None
+    ) -> Iterator[ExplainedToken]:
+        """As `explain`, block by block as tokens are asked for; with the value of `feature` at each, if one is given.
+
+        Raises FeatureError when there is no such feature.
+        """
+        from sae_core.features.on_text import strongest, values_on_text  # torch, which nothing else here needs
+
+        if feature is not None:
+            self.features.feature(feature)
+        for strings, values in values_on_text(self.store, self.dictionary, lm, text, self.sink_norm):
+            asked = [None] * len(strings) if feature is None else values[:, feature].tolist()
+            for token, fired, value in zip(strings, strongest(values, per_token), asked, strict=True):
+                yield ExplainedToken(token, [Fired(i, act, self.name(i)) for i, act in fired], value)
 
     @cached_property
     def sink_norm(self) -> float:
@@ -228,6 +388,12 @@ class Atlas:
         if "labels" not in self._tables:
             return {}
         return dict(self._query("SELECT feature, coalesce(nullif(label, ''), lexical, '') FROM labels"))
+
+    @cached_property
+    def _beats_control(self) -> dict[int, bool]:
+        if "scores" not in self._tables:  # labels made before there were any
+            return {}
+        return dict(self._query("SELECT feature, beats_control FROM labels WHERE beats_control IS NOT NULL"))
 
     def _ensure_texts(self) -> None:
         """Gather, once, everything that is searched in one table in memory."""
@@ -250,6 +416,10 @@ class Atlas:
         cursor = self._database.cursor().execute(f"SELECT {columns} FROM {table} WHERE feature = ? {rest}", [feature])
         names = [column[0] for column in cursor.description]
         return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+    def _columns(self, table: str) -> set[str]:
+        """Names of a table's columns; none when its stage is not made yet."""
+        return {row[0] for row in self._query(f"DESCRIBE {table}")} if table in self._tables else set()
 
     def _query(self, sql: str, parameters: list[Any] | None = None) -> list[tuple[Any, ...]]:
         return self._database.cursor().execute(sql, parameters or []).fetchall()
@@ -285,7 +455,8 @@ def _create_views(database: duckdb.DuckDBPyConnection, store: ArtifactStore, slu
     for table, (stage, file) in _TABLES.items():
         column = "corpus" if stage == "corpus" else "dictionary"
         names = sorted({spec.site.corpus if stage == "corpus" else spec.slug for spec in specs})
-        folders = {name: store.get(stage, name).folder for name in names if store.manifest(stage, name)}
+        seen = {name: store if stage == "corpus" else served(store, name) for name in names}
+        folders = {name: of.get(stage, name).folder for name, of in seen.items() if of.manifest(stage, name)}
         selects = [
             f"SELECT {_quoted(name)} AS {column}, * FROM read_parquet({_quoted(str(folder / file))})"
             for name, folder in folders.items()
@@ -294,6 +465,12 @@ def _create_views(database: duckdb.DuckDBPyConnection, store: ArtifactStore, slu
         if selects:
             database.execute(f"CREATE VIEW {table} AS {' UNION ALL BY NAME '.join(selects)}")
             made.append(table)
+    if "labels" in made and "scores" in {row[0] for row in database.execute("DESCRIBE labels").fetchall()}:
+        database.execute(
+            "CREATE VIEW scores AS SELECT dictionary, feature, label, beats_control, shuffled_from, "
+            "unnest(scores, max_depth := 2) FROM labels"
+        )
+        made.append("scores")
     return made
 
 

@@ -119,6 +119,29 @@ CHECKS: dict[str, list[Check]] = {
             _number("labeled"),
             lambda wanted, order: Bounds(low=wanted.labeled_min if order.study.labels.features else 0),
         ),
+        Check(
+            "scored", "Share of the written labels that were scored on text that their writer did not see.",
+            _number("scored"), lambda wanted, order: Bounds(low=wanted.scored_min if order.study.labels.scorers else 0),
+            warns=True,
+        ),
+        Check(
+            "beats_control", "Share of the scored labels that do better than another feature's in their place.",
+            _number("beats_control"), lambda wanted, order: Bounds(low=wanted.beats_control_min), warns=True,
+        ),
+        Check(
+            "failed", "Share of the features asked about whose answers could not be used.",
+            _number("failed"), lambda wanted, order: Bounds(high=wanted.label_failures_max), warns=True,
+        ),
+        Check(
+            "spent", "Share of the budget that is spent, in dollars or requests; 0 without a budget.",
+            _number("spent"), lambda wanted, order: Bounds(high=1),
+        ),
+    ],
+    "atlas": [
+        Check(
+            "kept", "Share of the served features that the new dictionary still has; 1 for a first one.",
+            _number("kept_share"), lambda wanted, order: Bounds(low=order.study.retraining.kept_min),
+        ),
     ],
     "safety": [
         Check(

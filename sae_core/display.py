@@ -5,6 +5,7 @@ from functools import cache
 from typing import Any
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_ESCAPE = re.compile(r"(\\x[89a-f][0-9a-f])")
 
 
 def display_strings(tokenizer: Any, vocab_size: int) -> list[str]:
@@ -22,6 +23,14 @@ def display_strings(tokenizer: Any, vocab_size: int) -> list[str]:
             raw = _byte_level(piece) if byte_level else _sentencepiece(piece)
             strings.append(raw.decode("utf-8", errors="backslashreplace"))
     return strings + [""] * (vocab_size - len(strings))
+
+
+def shown_bytes(string: str) -> bytes:
+    """The bytes behind a display string, so that characters that tokens cut can be put together again."""
+    return b"".join(
+        bytes.fromhex(part[2:]) if _ESCAPE.fullmatch(part) else part.encode("utf-8", "replace")
+        for part in _ESCAPE.split(string)
+    )
 
 
 def _byte_level(piece: str) -> bytes:

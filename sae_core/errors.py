@@ -6,3 +6,6 @@ class MindAtlasError(Exception):
 
     The command line prints the message and exits with status 1; a traceback is shown only with `--debug`.
     """
+
+    passing = False
+    """True when there is nothing to mend: the same may succeed some minutes later."""

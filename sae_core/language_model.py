@@ -5,24 +5,23 @@ Captures and edits go through PyTorch's hooks and change no weight; one model se
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import Cache, PreTrainedModel
 
 from sae_core.display import display_strings
 from sae_core.names import Hook
-from sae_core.pretrained import ModelError, load_outline, load_tokenizer, load_weights
+from sae_core.pretrained import ModelError, expected_bos, load_outline, load_tokenizer, load_weights
 from sae_core.progress import Report, silent
-from sae_core.sites import Site, find_final_norm, find_layers, find_site
+from sae_core.sites import Site, find_final_norm, find_layers, find_post_norms, find_site
 from sae_core.study import ModelSettings
 
-__all__ = ["Edit", "LanguageModel", "Message", "ModelError", "load_tokenizer"]
+__all__ = ["Edit", "LanguageModel", "Message", "ModelError", "load_tokenizer", "places"]
 
 Edit = Callable[[Tensor], Tensor]
 """Takes the activations [batch, length, d_model] at a site and returns what replaces them."""
@@ -31,10 +30,27 @@ Message = Mapping[str, str]
 
 
 class _Captured(Exception):
-    """Ends a forward pass at the site whose activation was wanted."""
+    """Ends a forward pass at the last site whose activation was wanted."""
 
-    def __init__(self, acts: Tensor) -> None:
-        self.acts = acts
+
+class _Apart(NamedTuple):
+    """Segments laid out in rows of their own, padded at the end, which in a causal model nothing sees."""
+
+    run: Int[Tensor, "batch length"]
+    """Row of each token."""
+    place: Int[Tensor, "batch length"]
+    """Its place there."""
+
+    def spread(self, packed: Tensor, like: Tensor | None = None) -> Tensor:
+        """Packed values in rows of their own; the padding keeps what `like` has there, or is 0."""
+        shape = (int(self.run.max()) + 1, int(self.place.max()) + 1, *packed.shape[2:])
+        rows = packed.new_zeros(shape) if like is None else like.clone()
+        rows[self.run, self.place] = packed
+        return rows
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Packed again."""
+        return rows[self.run, self.place]
 
 
 class _Reached(Exception):
@@ -51,6 +67,10 @@ class LanguageModel:
         n_layers: number of decoder layers.
         d_model: width of the residual stream.
         vocab_size: rows of the token embedding; may exceed the tokenizer's vocabulary.
+        context: most tokens in a row; None when the model names no bound.
+
+    Raises:
+        ModelError: the model has no decoder layers, or attends to later tokens.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, device: str = "cpu") -> None:
@@ -64,13 +84,18 @@ class LanguageModel:
         self.context: int | None = getattr(config, "max_position_embeddings", None)
         self._decoder: Any = self.model.get_decoder()
         self._layers = find_layers(self._decoder, self.n_layers)
+        self._apart: _Apart | None = None
+        self._restarts = True
+        self._post_norms: dict[nn.Module, nn.Module] = {}
+        if self.device.type != "meta":
+            self._try_out()
 
     @classmethod
     def load(
         cls,
         settings: ModelSettings,
         device: str = "cpu",
-        precision: Literal["bfloat16", "float32"] = "bfloat16",
+        precision: Literal["bfloat16", "float16", "float32"] = "bfloat16",
         report: Report = silent,
     ) -> "LanguageModel":
         """The model with weights and arithmetic of the given precision.
@@ -88,14 +113,17 @@ class LanguageModel:
         return cls(load_outline(settings, report), None, "meta")
 
     def site(self, hook: Hook, layer: int) -> Site:
-        """The module at which an activation is read. Raises ModelError when the model has no such site."""
+        """The module at which an activation is read. Raises ModelError when the model has no such site.
+
+        What a sublayer puts out is what it adds to the residual stream: after a norm of its own, where it has one.
+        """
         if not 0 <= layer < self.n_layers:
             raise ModelError(
                 f"activations.layer = {layer}: the model has layers 0 to {self.n_layers - 1}: give one of these"
             )
-        return find_site(self._layers[layer], hook)
+        module, side = find_site(self._layers[layer], hook)
+        return Site(self._post_norms.get(module, module) if side == "output" else module, side)
 
-    @torch.no_grad()
     def capture(
         self,
         hook: Hook,
@@ -103,26 +131,64 @@ class LanguageModel:
         token_ids: Int[Tensor, "batch length"],
         segments: Int[Tensor, "batch length"] | None = None,
     ) -> Float[Tensor, "batch length d_model"]:
-        """Activations at a site, in the model's precision; the model runs up to there and no further.
+        """Activations at one site; arguments and errors as in `capture_many`."""
+        return self.capture_many([(hook, layer)], token_ids, segments)[0]
+
+    @torch.no_grad()
+    def capture_many(
+        self,
+        sites: Sequence[tuple[Hook, int]],
+        token_ids: Int[Tensor, "batch length"],
+        segments: Int[Tensor, "batch length"] | None = None,
+    ) -> list[Float[Tensor, "batch length d_model"]]:
+        """Activations at all the sites, in the model's precision, from one pass up to the last of them and no further.
 
         Args:
-            hook: kind of site.
-            layer: decoder layer, counted from 0.
+            sites: kind and decoder layer, counted from 0, of each.
             token_ids: tokens; every row is full, there is no padding mask.
             segments: attention and position ids restart wherever the id changes, so that each run of equal ids gets
-                the activations it would get alone.
+                the activations it would get alone. Where the model itself would let attention run on, the runs are
+                given to it in rows of their own.
 
         Raises:
             ModelError: the model has no such site, or the rows exceed its context.
         """
-        handle = self._attach(hook, layer, _stop)
-        try:
-            self._decoder(**self._inputs(token_ids, segments))
-        except _Captured as captured:
-            return captured.acts
-        finally:
-            handle.remove()
-        raise ModelError(f"{hook} of layer {layer} is not reached in a forward pass: choose another hook")
+        found: dict[int, Tensor] = {}
+
+        def keep(number: int) -> Edit:
+            def visit(acts: Tensor) -> Tensor:
+                found[number] = acts
+                if len(found) == len(sites):
+                    raise _Captured
+                found[number] = acts.clone()  # the model may go on to add to it in place
+                return acts
+
+            return visit
+
+        with ExitStack() as stack:
+            for number, (hook, layer) in enumerate(sites):
+                stack.enter_context(self._attached(hook, layer, keep(number)))
+            try:
+                self._run(self._decoder, token_ids, segments)
+            except _Captured:
+                return [found[number] for number in range(len(sites))]
+        lacking = [f"{hook} of layer {layer}" for n, (hook, layer) in enumerate(sites) if n not in found]
+        raise ModelError(f"{', '.join(lacking)} is not reached in a forward pass: choose another hook")
+
+    def is_special(self, token_ids: Int[Tensor, "*n"], positions: Int[Tensor, "*n"]) -> Bool[Tensor, "*n"]:
+        """Whether each token stands for no text: a beginning at position 0 of its document, or an end of text anywhere.
+
+        A beginning counts where the model expects one. Padding is known by where it is and never by its id, which many
+        tokenizers share with a token of text.
+        """
+        special = torch.zeros_like(token_ids, dtype=torch.bool)
+        if self.tokenizer is None:
+            return special
+        if (eos := self.tokenizer.eos_token_id) is not None:
+            special |= token_ids == eos
+        if (bos := expected_bos(self.tokenizer)) is not None:
+            special |= (token_ids == bos) & (positions == 0)
+        return special
 
     @torch.no_grad()
     def capture_next(
@@ -152,18 +218,15 @@ class LanguageModel:
         In generation `fn` sees the whole prompt first and then one token at a time. Edits at one site are applied in
         the order in which they were entered. Raises ModelError when the model has no such site.
         """
-        handle = self._attach(hook, layer, fn)
-        try:
+        with self._attached(hook, layer, fn):
             yield
-        finally:
-            handle.remove()
 
     @torch.no_grad()
     def logits(
         self, token_ids: Int[Tensor, "batch length"], segments: Int[Tensor, "batch length"] | None = None
     ) -> Float[Tensor, "batch length vocab"]:
         """Next-token logits in the model's precision; arguments and errors as in `capture`."""
-        return self.model(**self._inputs(token_ids, segments)).logits
+        return self._run(self.model, token_ids, segments).logits
 
     @torch.no_grad()
     def unembedding(self) -> Float[Tensor, "d_model vocab"]:
@@ -244,43 +307,115 @@ class LanguageModel:
     def _display(self) -> list[str]:
         return display_strings(self.tokenizer, self.vocab_size)
 
-    def _inputs(self, token_ids: Tensor, segments: Tensor | None) -> dict[str, Any]:
-        """Arguments of a forward pass; `transformers` masks attention across places where position ids restart."""
+    def _run(self, module: Any, token_ids: Tensor, segments: Tensor | None) -> Any:
+        """A forward pass of the decoder or of the whole model; logits come packed as the tokens went in."""
+        if segments is None or self._restarts:
+            return module(**self._inputs(token_ids, segments))
+        positions = places(segments.to(self.device))
+        run = (positions == 0).flatten().cumsum(0).view_as(positions) - 1
+        self._apart = apart = _Apart(run, positions)
+        try:
+            output = module(**self._inputs(apart.spread(token_ids.to(self.device))))
+        finally:
+            self._apart = None
+        if "logits" in output:
+            output.logits = apart.gather(output.logits)
+        return output
+
+    def _inputs(self, token_ids: Tensor, segments: Tensor | None = None) -> dict[str, Any]:
+        """Arguments of a forward pass; `transformers` masks attention across places where position ids restart.
+
+        It does so in most models; `_try_out` finds out.
+        """
         self._check_length(token_ids.shape[1])
         inputs = {"input_ids": token_ids.to(self.device).long(), "use_cache": False}
-        return inputs if segments is None else inputs | {"position_ids": _positions(segments.to(self.device))}
+        if segments is None:
+            return inputs
+        positions, axes = places(segments.to(self.device)), self._position_axes
+        return inputs | {"position_ids": positions if axes is None else positions.expand(axes, -1, -1)}
+
+    @cached_property
+    def _position_axes(self) -> int | None:
+        """Rows of position ids that a model with multimodal rotary embeddings takes: of text, time, height and width.
+
+        The text's are those that masks are made from (Qwen2-VL and its successors).
+        """
+        config = self._decoder.config
+        rope = getattr(config, "rope_parameters", None) or {}
+        return 4 if "mrope_section" in rope else None
+
+    @torch.no_grad()
+    def _try_out(self) -> None:
+        """Learn from a few tokens what no configuration tells: the post-norms, and whether positions part segments.
+
+        Two texts are run one after the other, again with the first changed, and again with the second. What a text may
+        not see must move it by no more than rounding does, which is little beside what the first does to the second
+        where attention runs on.
+
+        Raises ModelError when an activation depends on later tokens.
+        """
+        rows = torch.tensor([[*range(1, 7), *range(7, 13)], [*range(13, 19), *range(7, 13)], [*range(1, 7)] * 2])
+        ids, first, second = rows * 7 % self.vocab_size, slice(0, 6), slice(6, 12)
+        last: list[tuple[Hook, int]] = [("resid_post", self.n_layers - 1)]
+        found: list[Tensor] = []
+        self._post_norms = find_post_norms(self._layers, lambda: found.extend(self.capture_many(last, ids)))
+        [joined], [alone] = found, self.capture_many(last, ids[:1, second])
+        seen = _distance(joined[0, second], joined[1, second]) / 4
+        if _distance(joined[0, first], joined[2, first]) > seen:
+            raise ModelError(f"{type(self.model).__name__} attends to later tokens: give a causal language model")
+        [packed] = self.capture_many(last, ids, torch.arange(12).expand(3, -1) // 6)
+        self._restarts = (
+            _distance(packed[0, second], packed[1, second]) <= seen
+            and _distance(packed[0, second], alone[0]) <= _distance(joined[0, second], alone[0]) / 4
+        )
 
     def _check_length(self, length: int) -> None:
         if self.context is not None and length > self.context:
             raise ModelError(f"{length} tokens exceed the model's context of {self.context}: give fewer")
 
-    def _attach(self, hook: Hook, layer: int, visit: Edit) -> RemovableHandle:
-        """Have every forward pass call `visit` with the activation and go on with what it returns."""
+    @contextmanager
+    def _attached(self, hook: Hook, layer: int, visit: Edit) -> Iterator[None]:
+        """Inside the `with`, every forward pass calls `visit` with the activation and goes on with what it returns."""
         module, side = self.site(hook, layer)
+        shape: list[int] = []  # of the residual stream; some layers flatten it before the MLP
+
+        def see(acts: Tensor) -> Tensor:
+            whole = acts.view(*shape[:-1], -1)
+            if self._apart is None:
+                return visit(whole).reshape(acts.shape)
+            return self._apart.spread(visit(self._apart.gather(whole)), like=whole).reshape(acts.shape)
+
+        def on_layer(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            shape[:] = (args[0] if args else kwargs["hidden_states"]).shape
 
         def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
             if args:
-                return (visit(args[0]), *args[1:]), kwargs
-            return args, kwargs | {"hidden_states": visit(kwargs["hidden_states"])}
+                return (see(args[0]), *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": see(kwargs["hidden_states"])}
 
         def on_output(_: nn.Module, __: Any, output: Any) -> Any:
-            return (visit(output[0]), *output[1:]) if isinstance(output, tuple) else visit(output)
+            return (see(output[0]), *output[1:]) if isinstance(output, tuple) else see(output)
 
-        if side == "input":
-            return module.register_forward_pre_hook(on_input, with_kwargs=True)
-        return module.register_forward_hook(on_output)
+        with ExitStack() as stack:
+            stack.callback(self._layers[layer].register_forward_pre_hook(on_layer, with_kwargs=True).remove)
+            if side == "input":
+                stack.callback(module.register_forward_pre_hook(on_input, with_kwargs=True).remove)
+            else:
+                stack.callback(module.register_forward_hook(on_output).remove)
+            yield
 
 
-def _stop(acts: Tensor) -> Tensor:
-    raise _Captured(acts)
+def _distance(a: Float[Tensor, "n d_model"], b: Float[Tensor, "n d_model"]) -> float:
+    """Of the typical row; the median does not hear of single tokens that rounding sends to another expert."""
+    return float(torch.linalg.vector_norm((a - b).float(), dim=-1).median())
 
 
-def _positions(segments: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
-    """Place of each token in its segment."""
-    places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+def places(segments: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
+    """Place of each token in its run of equal ids."""
+    columns = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
     starts = torch.ones_like(segments, dtype=torch.bool)
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    return places - (places * starts).cummax(dim=1).values
+    return columns - (columns * starts).cummax(dim=1).values
 
 
 def _draw(logits: Float[Tensor, " vocab"], temperature: float, rng: torch.Generator) -> int:

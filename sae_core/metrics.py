@@ -19,9 +19,11 @@ from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, kl_div
 
+from sae_core.corpus.packing import kept_apart
 from sae_core.dictionary import Dictionary
 from sae_core.language_model import Edit, LanguageModel
 from sae_core.names import Hook
+from sae_core.study import Packing
 
 DENSE = 0.1
 """A feature that fires on a larger share of the tokens than this counts as dense."""
@@ -142,6 +144,7 @@ def splice(
     token_ids: Int[Tensor, "blocks length"],
     documents: Int[Tensor, "blocks length"],
     is_sink: Bool[Tensor, "blocks length"],
+    packing: Packing = "documents",
 ) -> Spliced:
     """Run the model clean, spliced, mean-ablated and zero-ablated on the same text.
 
@@ -156,8 +159,9 @@ def splice(
         dictionary: what is judged.
         mean: the training activations' mean.
         token_ids: blocks of text.
-        documents: document of each token, -1 for padding; attention restarts where it changes.
+        documents: document of each token, -1 for padding.
         is_sink: the tokens that were left out of training as sinks.
+        packing: whether attention restarts at each document.
     """
     edits: dict[str, Edit] = {
         "spliced": lambda x: dictionary.decode(dictionary.encode_sparse(x)),
@@ -166,8 +170,9 @@ def splice(
     }
     sums: dict[str, float] = dict.fromkeys(["clean", "kl", *edits], 0.0)
     n = 0
-    for ids, segments, replaced in _passes(token_ids, documents, ~is_sink & (documents >= 0)):
-        counted = replaced[:, :-1] & (segments[:, 1:] == segments[:, :-1])
+    for ids, document, replaced in _passes(token_ids, documents, ~is_sink & (documents >= 0)):
+        segments = kept_apart(document, packing)
+        counted = replaced[:, :-1] & (document[:, 1:] == document[:, :-1])
         targets = ids[:, 1:][counted].long()
         n += len(targets)
         clean = _predictions(model, ids, segments, counted)
@@ -190,7 +195,9 @@ def _passes(*arrays: Int[Tensor, "blocks length"] | Bool[Tensor, "blocks length"
     return (list(parts) for parts in zip(*(array.split(blocks) for array in arrays), strict=True))
 
 
-def _predictions(model: LanguageModel, ids: Tensor, segments: Tensor, counted: Tensor) -> Float[Tensor, "n vocab"]:
+def _predictions(
+    model: LanguageModel, ids: Tensor, segments: Tensor | None, counted: Tensor
+) -> Float[Tensor, "n vocab"]:
     """Logits for the next token where that counts."""
     return model.logits(ids, segments)[:, :-1][counted].float()
 

@@ -15,10 +15,10 @@ from jaxtyping import Float32, Int64
 
 from sae_core.artifacts import write_atomically
 from sae_core.dictionary import Dictionary
+from sae_core.neighbor_index import INDEX
 from sae_core.progress import Report, silent
 from sae_core.study import NeighborSettings
 
-INDEX = "decoder.faiss"
 NEIGHBORS = "neighbors.parquet"
 
 _BATCH = 1024  # rows searched at once

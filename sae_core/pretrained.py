@@ -13,7 +13,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_model
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from transformers.utils import logging
 
@@ -51,8 +57,11 @@ def expected_bos(tokenizer: Any) -> int | None:
 
 
 def load_weights(settings: ModelSettings, dtype: torch.dtype, report: Report = silent) -> Any:
-    """The causal language model with weights of the given type; raises as `load_tokenizer`."""
-    return _load(AutoModelForCausalLM, settings, report, dtype=dtype)
+    """The causal language model with weights of the given type; raises as `load_tokenizer`.
+
+    Of a model that also reads images, all of it is loaded, and its language tower is what is mapped.
+    """
+    return _load(_class_of(_load(AutoConfig, settings, report)), settings, report, dtype=dtype)
 
 
 def load_outline(settings: ModelSettings, report: Report = silent) -> Any:
@@ -68,7 +77,12 @@ def load_outline(settings: ModelSettings, report: Report = silent) -> Any:
     with _refusing(settings):
         config = AutoConfig.from_pretrained(**place, trust_remote_code=False)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return _class_of(config).from_config(config)
+
+
+def _class_of(config: Any) -> Any:
+    """What loads a model: a language model, or one that reads images besides."""
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
 
 
 def _load(loader: Any, settings: ModelSettings, report: Report, **options: Any) -> Any:

@@ -6,6 +6,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+DOCUMENTED = ConfigDict(use_attribute_docstrings=True)
+"""`__pydantic_config__` of a dataclass whose fields' docstrings are their descriptions in a schema."""
+
 
 class Settings(BaseModel):
     """Frozen; unknown keys are refused; the string under a field is its description."""

@@ -1,8 +1,8 @@
 """The stages of an atlas and what each is made from: the one place that knows the shape of the pipeline.
 
     corpus -> activations -> dictionary -> features -> labels
-                                       -> neighbors
-                                       -> feature_map
+                                       -> neighbors -> labels
+                                       -> feature_map    and, of all together: atlas
 
 and, when they are asked for, the reports `safety` and `multilingual`, which read the dictionary and its features.
 
@@ -18,7 +18,8 @@ from sae_core.settings import Settings
 from sae_core.study import CorpusSettings, DictionarySettings, LabelSettings, ModelSettings, Study
 
 VERSIONS = {
-    "corpus": 1, "activations": 1, "dictionary": 2, "features": 1, "neighbors": 1, "feature_map": 1, "labels": 1,
+    "corpus": 1, "activations": 1, "dictionary": 2, "features": 2, "neighbors": 1, "feature_map": 1, "labels": 3,
+    "atlas": 1,
 }  # fmt: skip
 
 ON_DEMAND = {"safety": 1, "multilingual": 1}
@@ -48,9 +49,11 @@ def _dictionary_recipes(
     features = _recipe("features", slug, _settings(study.features), corpus, activations, trained)
     yield trained
     yield features
-    yield _recipe("neighbors", slug, _settings(study.neighbors), trained)
-    yield _recipe("feature_map", slug, _settings(study.feature_map), trained)
-    yield _recipe("labels", slug, _label_settings(study.labels), features)
+    neighbors = _recipe("neighbors", slug, _settings(study.neighbors), trained)
+    feature_map = _recipe("feature_map", slug, _settings(study.feature_map), trained)
+    labels = _recipe("labels", slug, _label_settings(study.labels), features, neighbors)
+    yield from (neighbors, feature_map, labels)
+    yield _recipe("atlas", slug, {}, corpus, activations, trained, features, neighbors, feature_map, labels)
     if on_demand:
         parents = (corpus, activations, trained, features)
         yield _recipe("safety", slug, _safety_settings(study), *parents)
@@ -72,10 +75,15 @@ def _dictionary_settings(dictionary: DictionarySettings) -> dict[str, Any]:
 
 
 def _label_settings(labels: LabelSettings) -> dict[str, Any]:
-    """The labels' settings, with the content of a local model in place of where it lies."""
+    """The labels' settings but for the pace, with the content of a local model in place of where it lies.
+
+    The budget is among them: labels that it cut short are others than those without it. To make them again costs
+    nothing, as every answer is in the cache.
+    """
+    settings = labels.model_dump(mode="json", exclude={"concurrency", "timeout"})
     if labels.base_url or not labels.features:
-        return _settings(labels)
-    return _settings(labels) | {"model": identify_model(ModelSettings(source=labels.model))}
+        return settings
+    return settings | {"model": identify_model(ModelSettings(source=labels.model))}
 
 
 def _safety_settings(study: Study) -> dict[str, Any]:

@@ -24,7 +24,9 @@ PENALIZED = {"relu": 5.0, "gated": 1.0, "jump_relu_tanh": 5.0}
 `relu`: Templeton et al. 2024. `gated`: SAELens's default; what SAEBench trained (0.012 to 0.08 at E|x|^2 = 1) is 0.3 to
 1.9 at a d_model of 576. `jump_relu_tanh`: SAELens's documentation; Anthropic had 10 or more, on larger models.
 """
+Scorer = Literal["embedding", "detection", "fuzzing"]
 Share = Annotated[float, Field(ge=0, le=1)]
+Packing = Literal["documents", "concat"]
 
 
 class ModelSettings(Settings):
@@ -97,14 +99,26 @@ class ActivationSettings(Settings):
     """Where the model is read: the residual stream before or after a layer, or a sublayer's input or output."""
     layer: int = Field(ge=0)
     """Layer that is read, counted from 0; the middle of the model is the paper's choice."""
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
-    """Arithmetic of the model's forward pass, and the type the activations are kept in."""
+    precision: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Arithmetic of the model's forward pass, and the type the activations are kept in; float16 ends at 65,504, and
+    what exceeds it is refused."""
+    packing: Packing = "documents"
+    """What a token may attend to: its own document, so that its activation is that of the document run alone; or, as is
+    common, all of the block before it (`concat`), whatever document that is of."""
     sink_norm: float = Field(4.0, gt=1)
     """Tokens whose norm is above this many medians are attention sinks, left out of training and statistics.
 
     At layer 15 of SmolLM2-135M, of 196,608 tokens 1% are above 10 medians, four lie between 5 and 10, and none
     between 2.1 and 5: any bound in that gap tells sinks from text.
     """
+    sink_positions: int = Field(0, ge=0)
+    """So many tokens at the start of what is attended to count as sinks whatever their norm; 0: the norm decides."""
+    special_tokens: Literal["leave_out", "keep"] = "leave_out"
+    """Whether beginning-of-sequence and end-of-text tokens are left out of training and statistics, as sinks are.
+    Padding always is."""
+    kept_as: Literal["computed", "float32", "bfloat16", "float16", "int8"] = "computed"
+    """Type the activations are kept in; `computed` is the type of `precision`. `int8` takes half the disk of bfloat16,
+    with a scale for each token; the summary says what that loses, as a fraction of the variance."""
     stored: bool = True
     """Off: only places and sums are kept, and the model runs again whenever activations are read. The result is the
     same to the bit; it takes no disk, and a pass of the model for each pass over the activations."""
@@ -115,8 +129,23 @@ class ActivationSettings(Settings):
 
     @model_serializer(mode="wrap")
     def _unless_as_always(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        """Stored activations keep the fingerprint they had before one could do without."""
-        return {key: value for key, value in dump(self).items() if key != "stored" or not value}
+        """What could not be set once is none of the fingerprint unless it is set."""
+        later = {
+            "stored": True, "packing": "documents", "sink_positions": 0, "special_tokens": "leave_out",
+            "kept_as": "computed",
+        }  # fmt: skip
+        return {key: value for key, value in dump(self).items() if key not in later or later[key] != value}
+
+    @model_validator(mode="after")
+    def _kept_at_all(self) -> "ActivationSettings":
+        if self.kept_as != "computed" and not self.stored:
+            raise ValueError(f"kept_as = {self.kept_as} says how, and stored = false that nothing is kept: give one")
+        return self
+
+    @property
+    def dtype(self) -> str:
+        """The type the activations are kept in, by name."""
+        return self.precision if self.kept_as == "computed" else self.kept_as
 
 
 class DictionarySettings(Settings):
@@ -205,6 +234,8 @@ class FeatureSettings(Settings):
     """Examples drawn at random from each level."""
     context_tokens: int = Field(32, ge=2)
     """Tokens of context kept with an example."""
+    windows: int = Field(512, ge=1)
+    """Windows of text, at most one in a block, kept with every firing in them: where a feature does not fire."""
     promoted_tokens: int = Field(12, ge=1)
     """Tokens listed whose logit the feature raises most, and as many that it lowers most."""
     seed: int = 0
@@ -252,6 +283,32 @@ class LabelSettings(Settings):
     """Sampling temperature; 0 takes the most likely answer."""
     seed: int = 0
     """Choice of the examples shown, and of the sampling where the server takes one."""
+    scorers: list[Scorer] = Field(["embedding", "detection", "fuzzing"])
+    """How labels are scored, on examples from other documents than those shown; detection and fuzzing ask `model`."""
+    score_examples: int = Field(12, ge=2)
+    """Texts in which the feature fires, of which a label is scored on at most so many, and as many in which it does
+    not. Paulo et al. 2024 take 100, which wants `features.level_examples` of 20 or more."""
+    judged: int | None = Field(None, ge=0)
+    """Features scored by detection and fuzzing, the first ones; default: all at an endpoint, 2 with a local model,
+    which on two cores should take about a minute for each (by its reading speed; not measured yet)."""
+    max_dollars: float | None = Field(None, ge=0)
+    """Most that the labels may cost; a request that might go beyond it is not sent, and what is written is kept."""
+    max_requests: int | None = Field(None, ge=0)
+    """Most requests that the labels may take, repeated ones included."""
+    prompt_price: float | None = Field(None, ge=0)
+    """Dollars a million tokens read, where no table knows them; with `completion_price`."""
+    completion_price: float | None = Field(None, ge=0)
+    """Dollars a million tokens written."""
+    concurrency: int = Field(8, ge=1)
+    """Requests under way at once at `base_url`; a local server takes one at a time. It changes no label."""
+    timeout: float = Field(120.0, gt=0)
+    """Seconds after which a request to `base_url` is taken for lost, and sent again. It changes no label."""
+
+    @model_validator(mode="after")
+    def _both_prices(self) -> "LabelSettings":
+        if (self.prompt_price is None) != (self.completion_price is None):
+            raise ValueError("prompt_price and completion_price go together: give both, or none")
+        return self
 
 
 class SafetySettings(Settings):
@@ -297,6 +354,29 @@ class CheckSettings(Settings):
     """Least recall@10 of the neighbor index against exact search."""
     labeled_min: Share = 0.8
     """Least share of the asked-for features that got a written label."""
+    scored_min: Share = 0.8
+    """Least share of the written labels that got a score."""
+    beats_control_min: Share = 0.5
+    """Least share of the scored labels that do better than another feature's label does in their place."""
+    label_failures_max: Share = 0.1
+    """Largest share of the features asked about whose answers could not be used."""
+
+
+class RetrainingSettings(Settings):
+    """When the study is made again, and when what comes of it is served. No part of any fingerprint."""
+
+    schedule: str = Field("0 3 * * 1", pattern=r"^(\S+ \S+ \S+ \S+ \S+|@\w+)?$")
+    """When stale stages are made again, as cron says it; empty for never. Off in Dagster until turned on."""
+    warm_start: bool = True
+    """A dictionary begins with the weights of the one that is served, so that its features stay what they are."""
+    fvu_worse_max: float = Field(0.05, ge=0)
+    """How much more of the variance, as a share, a new dictionary may leave unexplained than the one served."""
+    dead_worse_max: Share = 0.05
+    """How much larger the share of features that stay silent on held-out text may be."""
+    kept_min: Share = 0.3
+    """Least share of the served features that are found again."""
+    generations: int = Field(3, ge=1)
+    """Generations that are kept, the served one included."""
 
 
 class Study(Settings):
@@ -317,6 +397,7 @@ class Study(Settings):
     safety: SafetySettings = SafetySettings()
     multilingual: MultilingualSettings = MultilingualSettings()
     checks: CheckSettings = CheckSettings()
+    retraining: RetrainingSettings = RetrainingSettings()
 
     @model_validator(mode="after")
     def _batches_fit(self) -> "Study":

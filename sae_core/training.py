@@ -23,6 +23,7 @@ from sae_core.dictionary import Dictionary
 from sae_core.dictionary.batch_top_k import BatchTopK
 from sae_core.dictionary.trainer import Training, TrainingError, together
 from sae_core.language_model import LanguageModel
+from sae_core.lineage import follow
 from sae_core.metrics import Quality, Spliced, measure, splice
 from sae_core.progress import Report, silent
 from sae_core.study import ActivationSettings, DictionarySettings, ModelSettings
@@ -40,7 +41,7 @@ SPACE = 14
 
 
 @torch.no_grad()
-def calibrate(dictionary: Dictionary, batches: Iterator[Float[Tensor, "batch d_model"]], k: int) -> Dictionary:
+def calibrate(dictionary: Dictionary, batches: Iterator[Float[Tensor, "batch d_model"]], k: int | float) -> Dictionary:
     """The dictionary with the one threshold at which L0 is k, exactly, on the given activations.
 
     Args:
@@ -55,11 +56,19 @@ def calibrate(dictionary: Dictionary, batches: Iterator[Float[Tensor, "batch d_m
         kept.append(z[z > 0])
         n += len(x)
     values = torch.cat(kept).sort(descending=True).values
-    threshold = float(values[k * n]) if len(values) > k * n else 0.0
+    count = round(k * n)
+    threshold = float(values[count]) if len(values) > count else 0.0
     return Dictionary(
         dictionary.W_enc, dictionary.b_enc, dictionary.W_dec, dictionary.b_dec,
         torch.full_like(dictionary.threshold, threshold), dictionary.config,
     )  # fmt: skip
+
+
+def at_l0(dictionary: Dictionary, x: Float[Tensor, "tokens d_model"], l0: float) -> Dictionary:
+    """The dictionary with the threshold at which it has the given L0 on `x`; as it is where it has several."""
+    if dictionary.rank_scale is not None or bool((dictionary.threshold != dictionary.threshold[0]).any()):
+        return dictionary
+    return calibrate(dictionary, iter(x.float().split(2048)), l0)
 
 
 def build_dictionary(
@@ -72,10 +81,13 @@ def build_dictionary(
     device: str = "cpu",
     report: Report = silent,
     others: Mapping[Path, DictionarySettings] = MappingProxyType({}),
+    previous: Path | None = None,
+    warm_start: bool = True,
 ) -> dict[str, Any]:
     """Train and calibrate a dictionary, or import one; save and judge it.
 
-    Training goes on from the checkpoint that a killed run left, or one that was trained together with another.
+    Training goes on from the checkpoint that a killed run left, or one that was trained together with another. One that
+    follows another keeps the numbers of the features that it shares with it.
 
     Args:
         settings: what to train, or what to import.
@@ -88,6 +100,9 @@ def build_dictionary(
         report: told of every step.
         others: folders of the site's other dictionaries that are to be made next, and their settings. As many as
             memory allows are trained from the same read, and wait there as finished checkpoints.
+        previous: folder of the dictionary that this one is to follow, if there is one; `lineage.parquet` then says
+            what became of its features.
+        warm_start: begin with its weights, where the architecture and the shapes allow it.
 
     Returns:
         The numbers of `sae_core.metrics`, on held-out documents (`dead`: on all training activations); of what is
@@ -106,7 +121,10 @@ def build_dictionary(
     if settings.source:
         dictionary = _imported(settings, source.d_model).to(device)
     else:
-        dictionary, effort = _trained(settings, source, folder, device, report, others)
+        start = Dictionary.load(previous, device) if previous and warm_start else None
+        dictionary, effort = _trained(settings, source, folder, device, report, others, start)
+    if previous:
+        dictionary = follow(Dictionary.load(previous, device), dictionary, _all_kept(source), previous, folder)
     dictionary.save(folder)
     trained = measure(dictionary, _all_kept(source))
     held_out = measure(dictionary, _all_kept(Activations.open(activations, "held_out", device)))
@@ -148,9 +166,10 @@ def _trained(
     device: str,
     report: Report,
     others: Mapping[Path, DictionarySettings],
+    start: Dictionary | None,
 ) -> tuple[Dictionary, dict[str, Any]]:
     """The dictionary, and how much work it was; leaves `metrics.parquet` in the folder."""
-    training = Training(settings, source, device)
+    training = Training(settings, source, device, start)
     runs = {folder: training} | {path: Training(other, source, device) for path, other in others.items()}
     _train({path / SCRATCH / CHECKPOINT: training for path, training in runs.items()}, source, report)
     dictionary = training.dictionary()
@@ -246,7 +265,7 @@ def _splice(
     language_model = LanguageModel.load(model, device, site.precision)
     return splice(
         language_model, site.hook, site.layer, dictionary, mean.to(device),
-        token_ids.to(device), documents.to(device), is_sink.to(device),
+        token_ids.to(device), documents.to(device), is_sink.to(device), site.packing,
     )  # fmt: skip
 
 

@@ -118,3 +118,19 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+@pytest.fixture(scope="session")
+def tiny_atlas(tiny_study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Root of a store that holds the tiny study's stages up to the labels, made by the pipeline. To be read only."""
+    import dagster as dg
+
+    from assets.partitions import STUDIES
+    from assets.resources import Workshop
+    from pipelines.run import bring_up_to_date
+
+    root = tmp_path_factory.mktemp("tiny-atlas")
+    with dg.DagsterInstance.ephemeral() as instance:
+        workshop = Workshop(root=str(root), device="cpu")
+        assert list(bring_up_to_date(STUDIES.get("tiny"), workshop, instance, until="labels", log_level="CRITICAL"))
+    return root

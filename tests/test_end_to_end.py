@@ -43,6 +43,7 @@ evaluation_tokens = 1024
 model = "smollm2-135m-instruct"
 features = 4
 examples = 4
+scorers = ["embedding"]
 [checks]
 fvu_max = 0.45
 dead_max = 0.25

@@ -5,8 +5,9 @@ shuffled, each with the block, the offset in it and the token it belongs to. So 
 and still sees mixed text, and every activation is traced back to its place.
 """
 
+from sae_core.activations.encoding import ActivationError
 from sae_core.activations.harvest import harvest
 from sae_core.activations.pair import Pair
-from sae_core.activations.shards import ActivationError, Activations, Shard, Statistics
+from sae_core.activations.shards import Activations, Shard, Statistics
 
 __all__ = ["ActivationError", "Activations", "Pair", "Shard", "Statistics", "harvest"]

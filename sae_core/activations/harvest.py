@@ -1,55 +1,130 @@
 """Run the model over the corpus and write what it computes at the site."""
 
+import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
-from jaxtyping import Float32, Int
-from safetensors.torch import save_file
+from jaxtyping import Bool, Float, Float32, Float64, Int
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sae_core.activations.elsewhere import DIGEST, ELSEWHERE, Elsewhere
+from sae_core.activations.encoding import ActivationError, decode, encode, row_bytes
 from sae_core.activations.shards import (
     RERUN,
     STATISTICS,
-    ActivationError,
     Shard,
     Split,
     Totals,
     permutation,
     shard_name,
+    square_error,
 )
 from sae_core.artifacts import require_space, write_atomically
-from sae_core.corpus import Corpus
-from sae_core.language_model import LanguageModel
+from sae_core.corpus.packing import kept_apart
+from sae_core.language_model import LanguageModel, places
 from sae_core.progress import Report, silent
 from sae_core.study import ActivationSettings, ModelSettings
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
-"""Tokens a forward pass, by kind of device; see benchmarks/harvest.py."""
+"""Tokens a forward pass at most, by kind of device; see benchmarks/harvest.py. Fewer where a GPU's memory ends."""
+SPLITS: tuple[Split, ...] = get_args(Split)
 PLACE_BYTES = 13
 """What a row has beside its activation: block, offset and token of 4 bytes each, and the sink mark."""
+_CHUNK = 1024
+"""Rows compared at a time."""
 
 
-class Part(NamedTuple):
-    """What one shard is made from."""
+@dataclass(frozen=True)
+class Part:
+    """What one shard is made from; the text stays on disk until it is asked for."""
 
     split: Split
     number: int
     blocks: Int[Tensor, " blocks"]
     """Which of the split's blocks."""
-    token_ids: Int[Tensor, "blocks length"]
-    documents: Int[Tensor, "blocks length"]
+    text: dict[str, Int[Tensor, "n_blocks length"]]
+    """The whole split, memory-mapped."""
 
     @property
     def name(self) -> str:
         return shard_name(self.split, self.number)
 
     @property
+    def token_ids(self) -> Int[Tensor, "blocks length"]:
+        return self.text["token_ids"][self.blocks]
+
+    @property
+    def documents(self) -> Int[Tensor, "blocks length"]:
+        return self.text["documents"][self.blocks]
+
+    @cached_property
     def n_tokens(self) -> int:
         return int((self.documents >= 0).sum())
+
+
+class Plan(NamedTuple):
+    """What every worker of a harvest has to know."""
+
+    settings: ActivationSettings
+    model: ModelSettings
+    corpus: Path
+    folder: Path
+    elsewhere: str
+    """URL that takes the activations; empty when they stay in the shards."""
+
+
+class Worker:
+    """The model, and what is needed to make one shard after another.
+
+    A GPU goes on with the next shard while one is written; on a CPU that would only take turns on the same cores.
+    """
+
+    def __init__(self, plan: Plan, device: str) -> None:
+        self.plan = plan
+        self.lm = LanguageModel.load(plan.model, device, plan.settings.precision)
+        self.parts = [part for split in SPLITS for part in parts_of(plan.settings, split, plan.corpus)]
+        self.overlaps = self.lm.device.type != "cpu"
+        self._writer = ThreadPoolExecutor(1)
+        self._written: Future[None] | None = None
+
+    def make(self, number: int, advance: Callable[[int], None] = lambda n: None) -> int:
+        """Make the shard of a part, unless it is there; returns its tokens. All need the first one's median norm."""
+        part, first = self.parts[number], self.plan.folder / self.parts[0].name
+        if not (self.plan.folder / part.name).exists():
+            shard, norms = run_model(self.plan.settings, self.lm, part, advance)
+            self.finish()  # no more than one waits to be written
+            median = Totals.read(first).median_norm if number else norms.median()[None]
+            self._written = self._writer.submit(_write, self.plan, part.name, shard, norms, median)
+            if not number or not self.overlaps:
+                self.finish()
+        return part.n_tokens
+
+    def finish(self) -> None:
+        """Wait until everything is written. Raises what writing raised."""
+        if self._written:
+            written, self._written = self._written, None
+            written.result()
+
+    def close(self) -> None:
+        """Let what is being written come to its end."""
+        self._writer.shutdown()
+
+
+@runtime_checkable
+class Pool(Protocol):
+    """Several workers at once; see `sae_core.activations.parallel`."""
+
+    def __call__(self, plan: Plan, numbers: Sequence[int], /) -> Iterator[int]:
+        """Make the shards of the given parts; yields the tokens of each one that is done, in any order."""
 
 
 def harvest(
@@ -59,11 +134,14 @@ def harvest(
     folder: Path,
     device: str = "cpu",
     report: Report = silent,
+    elsewhere: str = "",
+    pool: Pool | None = None,
 ) -> dict[str, int | float]:
     """Run the model over the corpus and write the activations at the site; goes on after the shards that are there.
 
     Attention and positions restart at each document, so that an activation does not depend on what else its block
-    holds. Tokens whose norm exceeds `sink_norm` medians are marked as attention sinks.
+    holds, unless `packing` says otherwise. Tokens whose norm exceeds `sink_norm` medians are marked as attention sinks;
+    with them, what is left out for its place or because it is no text (`sink_positions`, `special_tokens`).
 
     Args:
         settings: site, precision, sinks and shards.
@@ -72,78 +150,106 @@ def harvest(
         folder: takes `train-*.safetensors`, `held_out-*.safetensors` and `statistics.safetensors`; and `rerun.json`
             when the activations are not to be stored.
         device: where the model runs.
-        report: told of tokens.
+        report: told of tokens, and of the gigabytes that all shards will take.
+        elsewhere: URL of a folder that is to take the activations, as fsspec knows them; the shards keep the rest.
+        pool: makes the shards after the first, several at once; the bytes are the same.
 
     Returns:
-        Counts, shares and norms, over both splits.
+        Counts, shares and norms, over both splits: `specials` are the special tokens left out, `sinks` the others;
+        `estimated_bytes` is what was expected of `bytes`, and `kept_error` what is lost of their variance where
+        activations are kept in another type than they are computed in.
 
     Raises:
         ModelError: the model or the site does not exist, or the blocks exceed the model's context.
-        ActivationError: the corpus has tokens that the model lacks, or an activation is not finite.
+        ActivationError: the corpus has tokens that the model lacks, an activation is not finite or more than float16
+            holds, or the URL cannot be written to.
         ArtifactError: the disk has no room.
     """
-    parts = [*parts_of(settings, "train", corpus), *parts_of(settings, "held_out", corpus)]
-    lm = LanguageModel.load(model, device, settings.precision)
-    _check(settings, lm, folder, parts)
-    done, total = 0, sum(part.n_tokens for part in parts)
-    for part in parts:
-        path = folder / part.name
-        if not path.exists():
-            shard, norms = run_model(settings, lm, part, _continued(report, done, total))
-            _write(settings, path, shard, norms, None if part is parts[0] else Totals.read(folder / parts[0].name))
-        done += part.n_tokens
-        report(done, total, "tokens")
+    elsewhere = _place(settings, folder, elsewhere)
+    worker = Worker(Plan(settings, model, corpus, folder, elsewhere), device)
+    plan, parts, done = worker.plan, worker.parts, 0
+    estimate = _check(plan, worker.lm, parts)
+    specials = sum(int(_specials(settings, worker.lm, part).sum()) for part in parts)
+    told = functools.partial(_tell, report, sum(part.n_tokens for part in parts), estimate / 1e9)
+    if elsewhere:
+        with write_atomically(folder / ELSEWHERE) as path:
+            path.write_text(json.dumps({"url": elsewhere.rstrip("/")}), "utf-8")
+    alone = [n for n, part in enumerate(parts) if not n or not pool or (folder / part.name).exists()]
+    with closing(worker):
+        for number in alone:
+            done += worker.make(number, functools.partial(told, done))
+            told(0, done)
+        worker.finish()
+    del worker  # the pool needs its place on the device
+    if pool and (rest := sorted(set(range(len(parts))) - set(alone))):
+        for tokens in pool(plan, rest):
+            told(0, done := done + tokens)
     if not settings.stored:
         said = {"settings": settings.model_dump(), "model": model.model_dump()}
         with write_atomically(folder / RERUN) as path:
             path.write_text(json.dumps(said | {"corpus": os.path.relpath(corpus, folder)}, indent=1), "utf-8")
-    return _finish(folder, parts)
+    away = {"bytes_elsewhere": Elsewhere(elsewhere).bytes()} if elsewhere else {}
+    return _finish(folder, parts, specials) | away | {"estimated_bytes": estimate}
+
+
+def _place(settings: ActivationSettings, folder: Path, elsewhere: str) -> str:
+    """The URL that takes the activations; what was begun in one place goes on there."""
+    if (folder / ELSEWHERE).exists():
+        return Elsewhere.of(folder).url
+    begun = any((folder / shard_name(split, 0)).exists() for split in SPLITS)
+    return elsewhere if settings.stored and not begun else ""
+
+
+def _tell(report: Report, total: int, gigabytes: float, before: int, done: int) -> None:
+    report(before + done, total, "tokens", gigabytes=gigabytes)
 
 
 def parts_of(settings: ActivationSettings, split: Split, corpus: Path) -> Iterator[Part]:
     """Deal the blocks out to shards, in an order that the seed decides."""
-    opened = Corpus.open(corpus)
-    blocks = opened.train if split == "train" else opened.held_out
-    token_ids, documents = torch.as_tensor(blocks.token_ids), torch.as_tensor(blocks.documents)
-    if not len(token_ids):
-        return
-    order = permutation(len(token_ids), settings.seed, split == "held_out", 0)
-    for number, chosen in enumerate(order.split(max(1, settings.shard_tokens // token_ids.shape[1]))):
-        yield Part(split, number, chosen, token_ids[chosen], documents[chosen])
+    text = load_file(corpus / f"{split}.safetensors")  # memory-mapped: a corpus may be larger than memory
+    n_blocks, length = text["token_ids"].shape
+    order = permutation(n_blocks, settings.seed, split == "held_out", 0)
+    for number, chosen in enumerate(order.split(max(1, settings.shard_tokens // length)) if n_blocks else ()):
+        yield Part(split, number, chosen, text)
 
 
-def _check(settings: ActivationSettings, lm: LanguageModel, folder: Path, parts: list[Part]) -> None:
-    """Refuse tokens that the model lacks, and a disk too small for the shards that are still to be written."""
+def _check(plan: Plan, lm: LanguageModel, parts: list[Part]) -> int:
+    """Refuse tokens that the model lacks, and a disk too small for the shards that are still to be written.
+
+    Returns the bytes that all shards will take, wherever they go.
+    """
     if not parts or parts[0].split != "train":
         raise ActivationError("the corpus has no train tokens: give it more text, or a smaller corpus.held_out")
     largest = max(int(part.token_ids.max()) for part in parts)
     if largest >= lm.vocab_size:
         raise ActivationError(f"the corpus has token {largest}, the model only {lm.vocab_size}: make the corpus again")
-    row = lm.d_model * getattr(torch, settings.precision).itemsize * settings.stored + PLACE_BYTES
-    missing = sum(part.n_tokens for part in parts if not (folder / part.name).exists())
-    require_space(folder, missing * row + len(parts) * (8 * lm.d_model + 1024))
-
-
-def _continued(report: Report, before: int, total: int) -> Callable[[int], None]:
-    return lambda n: report(before + n, total, "tokens")
+    row, head = row_bytes(plan.settings.dtype, lm.d_model) * plan.settings.stored, 8 * lm.d_model + 1024
+    missing = [part.n_tokens for part in parts if not (plan.folder / part.name).exists()]
+    here = PLACE_BYTES + row * (not plan.elsewhere)
+    waiting = row * max(missing, default=0) * bool(plan.elsewhere)  # the shard that is being sent away
+    require_space(plan.folder, sum(missing) * here + waiting + len(missing) * head)
+    return sum(part.n_tokens for part in parts) * (row + PLACE_BYTES) + len(parts) * head
 
 
 def run_model(
     settings: ActivationSettings, lm: LanguageModel, part: Part, advance: Callable[[int], None] = lambda n: None
 ) -> tuple[Shard, Float32[Tensor, " tokens"]]:
-    """The part's activations and their norms, in shuffled order; no sink is marked yet."""
-    real = part.documents >= 0
+    """The part's activations and their norms, in shuffled order; marked are the sinks that are so whatever their norm.
+
+    Raises ActivationError when an activation is not finite, or a single block does not fit into the GPU's memory.
+    """
+    token_ids, documents = part.token_ids, part.documents
+    real = documents >= 0
     place = permutation(part.n_tokens, settings.seed, part.split == "held_out", 1 + part.number)
     acts = torch.empty(len(place), lm.d_model, dtype=getattr(torch, settings.precision))
     norms, done = torch.empty(len(place)), 0
-    batch = max(1, BATCH_TOKENS[lm.device.type] // real.shape[1])
-    for at in range(0, len(real), batch):
-        rows = slice(at, at + batch)
-        x = lm.capture(settings.hook, settings.layer, part.token_ids[rows], part.documents[rows]).cpu()[real[rows]]
+    segments = kept_apart(documents, settings.packing)
+    for rows, x in _in_batches(settings, lm, token_ids, segments):
+        x = x.cpu()[real[rows]]
         to = place[done : done + len(x)]
         acts[to], norms[to] = x, torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
         if not norms[to].isfinite().all():
-            raise _not_finite(part, rows)
+            raise _not_finite(settings, part, rows)
         done += len(x)
         advance(done)
     block, offset = real.nonzero().unbind(1)
@@ -151,51 +257,115 @@ def run_model(
     def shuffled(column: Tensor) -> Tensor:
         return torch.empty_like(place, dtype=torch.int32).index_copy_(0, place, column.int())
 
-    no_sink = torch.zeros(len(place), dtype=torch.bool)
-    return Shard(acts, shuffled(part.blocks[block]), shuffled(offset), shuffled(part.token_ids[real]), no_sink), norms
+    attended = torch.zeros_like(documents) if segments is None else segments
+    out = (_specials(settings, lm, part) | (places(attended) < settings.sink_positions))[real]
+    return Shard(
+        acts, shuffled(part.blocks[block]), shuffled(offset), shuffled(token_ids[real]), shuffled(out).bool()
+    ), norms
 
 
-def _not_finite(part: Part, rows: slice) -> ActivationError:
+def _in_batches(
+    settings: ActivationSettings,
+    lm: LanguageModel,
+    token_ids: Int[Tensor, "blocks length"],
+    segments: Int[Tensor, "blocks length"] | None,
+) -> Iterator[tuple[slice, Float[Tensor, "batch length d_model"]]]:
+    """Activations of a few blocks at a time: of half as many whenever the GPU's memory does not hold them."""
+    at, batch = 0, min(len(token_ids), max(1, BATCH_TOKENS[lm.device.type] // token_ids.shape[1]))
+    while at < len(token_ids):
+        rows = slice(at, at + batch)
+        try:
+            x = lm.capture(settings.hook, settings.layer, token_ids[rows], None if segments is None else segments[rows])
+        except torch.cuda.OutOfMemoryError:
+            if batch == 1:
+                raise ActivationError(
+                    f"a block of {token_ids.shape[1]} tokens does not fit into the GPU's memory beside the model: "
+                    "give fewer corpus.block_tokens, or a smaller model"
+                ) from None
+            batch //= 2
+            continue
+        yield rows, x
+        at += batch
+
+
+def _specials(settings: ActivationSettings, lm: LanguageModel, part: Part) -> Bool[Tensor, "blocks length"]:
+    """The special tokens that are left out."""
+    if settings.special_tokens == "keep":
+        return torch.zeros_like(part.documents, dtype=torch.bool)
+    return lm.is_special(part.token_ids, places(part.documents)) & (part.documents >= 0)
+
+
+def _not_finite(settings: ActivationSettings, part: Part, rows: slice) -> ActivationError:
+    cure = '"bfloat16" or "float32"' if settings.precision == "float16" else '"float32"'
     blocks = part.blocks[rows].tolist()
     return ActivationError(
         f"{part.name}: NaN or infinity in the activations of {part.split} blocks {', '.join(map(str, blocks))}: "
-        'set activations.precision = "float32", or read another layer'
+        f"set activations.precision = {cure}, or read another layer"
     )
 
 
 def _write(
-    settings: ActivationSettings, path: Path, shard: Shard, norms: Float32[Tensor, " tokens"], first: Totals | None
+    plan: Plan, name: str, shard: Shard, norms: Float32[Tensor, " tokens"], median: Float32[Tensor, " 1"]
 ) -> None:
-    """Mark the sinks, sum up, and write. Without a first shard's totals this is the first, and sets the median."""
-    median = norms.median()[None] if first is None else first.median_norm
-    shard = shard._replace(is_sink=norms > settings.sink_norm * median)
-    columns = shard._asdict() | Totals.of(shard, norms, median)._asdict()
-    if not settings.stored:
-        del columns["acts"]
-    with write_atomically(path) as temporary:
-        save_file(columns, temporary)
+    """Mark the sinks by their norm, sum up, and write; `median` is that of the first shard's norms."""
+    shard = shard._replace(is_sink=shard.is_sink | (norms > plan.settings.sink_norm * median))
+    kept = _encoded(plan.settings, name, shard)
+    columns = shard._replace(acts=decode(kept))._asdict()
+    columns |= Totals.of(Shard(**columns), norms, median)._asdict()
+    if plan.settings.dtype != plan.settings.precision:
+        columns["square_error"] = _square_error(shard, columns["acts"])
+    del columns["acts"]
+    if plan.elsewhere:
+        with write_atomically(plan.folder / name) as temporary:
+            save_file(kept, temporary)
+            columns[DIGEST] = Elsewhere(plan.elsewhere).put(temporary, name)
+            save_file(columns, temporary)
+        return
+    with write_atomically(plan.folder / name) as temporary:
+        save_file(columns | (kept if plan.settings.stored else {}), temporary)
 
 
-def _finish(folder: Path, parts: list[Part]) -> dict[str, int | float]:
+def _encoded(settings: ActivationSettings, name: str, shard: Shard) -> dict[str, Tensor]:
+    try:
+        return encode(shard.acts, shard.is_sink, settings.dtype)
+    except ActivationError as error:
+        raise ActivationError(f"{name}: {error}") from None
+
+
+def _square_error(shard: Shard, kept: Float[Tensor, "tokens d_model"]) -> Float64[Tensor, " 1"]:
+    """Summed over the rows that are no sinks."""
+    chunks = zip(shard.acts.split(_CHUNK), kept.split(_CHUNK), (~shard.is_sink).split(_CHUNK), strict=True)
+    norms = [torch.linalg.vector_norm(a.float() - b.float(), dim=1)[keep] for a, b, keep in chunks]
+    return torch.cat(norms).double().square().sum()[None]
+
+
+def _finish(folder: Path, parts: list[Part], specials: int) -> dict[str, int | float]:
     """Write the train split's statistics; return the summary."""
     totals = {part.name: Totals.read(folder / part.name) for part in parts}
     train = [totals[part.name] for part in parts if part.split == "train"]
     n_train = sum(int(t.n_kept) for t in train)
     if not n_train:
-        raise ActivationError("every train token is an attention sink: give more text, or raise activations.sink_norm")
+        raise ActivationError(
+            "every train token is an attention sink or a special token: give more text, or raise activations.sink_norm"
+        )
     mean = torch.stack([t.kept_sum for t in train]).sum(0) / n_train
     mean_square_norm = torch.stack([t.kept_square_norm for t in train]).sum(0) / n_train
     with write_atomically(folder / STATISTICS) as temporary:
         save_file({"mean": mean.float(), "mean_square_norm": mean_square_norm.float()}, temporary)
-    tokens, kept = sum(part.n_tokens for part in parts), sum(int(t.n_kept) for t in totals.values())
+    variance = float(n_train * (mean_square_norm - mean.square().sum()))
+    lost = [error for part in parts if part.split == "train" for error in square_error(folder / part.name)]
+    tokens = sum(part.n_tokens for part in parts)
+    sinks = tokens - specials - sum(int(t.n_kept) for t in totals.values())
     return {
         "tokens": tokens,
         "train_tokens": sum(part.n_tokens for part in parts if part.split == "train"),
-        "sinks": tokens - kept,
-        "sink_share": (tokens - kept) / tokens,
+        "sinks": sinks,
+        "sink_share": sinks / tokens,
+        "specials": specials,
+        "special_share": specials / tokens,
         "median_norm": float(train[0].median_norm),
         "root_mean_square_norm": float(mean_square_norm.sqrt()),
         "d_model": len(mean),
         "shards": len(parts),
         "bytes": sum((folder / part.name).stat().st_size for part in parts),
-    }
+    } | ({"kept_error": sum(lost) / variance} if lost else {})

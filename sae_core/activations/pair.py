@@ -1,8 +1,11 @@
 """Two sites read together: the activations of the same tokens, side by side."""
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from sae_core.activations.shards import ActivationError, Activations, Shard, Statistics
+from sae_core.activations.encoding import EVERY, ActivationError, Rows
+from sae_core.activations.shards import Activations, Statistics
 
 
 class Pair(Activations):
@@ -14,10 +17,8 @@ class Pair(Activations):
     def __init__(self, read: Activations, written: Activations) -> None:
         """Raises ActivationError when the sites' rows are not of the same tokens."""
         self._sites = read, written
-        super().__init__(
-            read.folder, read.paths, lambda n: torch.stack([site.acts(n) for site in self._sites], dim=1), read.device
-        )
-        self._kept = [int((~shard.is_sink).sum()) for shard in self.shards()]
+        super().__init__(read.folder, read.paths, self._both, read.device, self._both_ahead)
+        self._kept = [int((~self.places(number)["is_sink"]).sum()) for number in range(len(self.paths))]
         self.n_kept = sum(self._kept)
 
     def statistics(self) -> Statistics:
@@ -25,11 +26,19 @@ class Pair(Activations):
         mean, square = zip(*(site.statistics() for site in self._sites), strict=True)
         return Statistics(torch.stack(mean), torch.cat(square))
 
-    def _shard(self, number: int) -> Shard:
+    def _both(self, number: int, rows: Rows = EVERY, /) -> Float[Tensor, "tokens 2 d_model"]:
+        return torch.stack([site.acts(number, rows) for site in self._sites], dim=1)
+
+    def _both_ahead(self, number: int) -> None:
+        for site in self._sites:
+            site.ahead(number)
+
+    def places(self, number: int) -> dict[str, Tensor]:
+        """As `Activations.places`, of both sites."""
         read, written = (site.places(number) for site in self._sites)
         if not all(torch.equal(read[name], written[name]) for name in ("block", "offset", "token")):
             sites = " and ".join(str(site.folder) for site in self._sites)
             raise ActivationError(
                 f"{sites} hold other tokens: read both sites over one corpus, with the same seed and shard_tokens"
             )
-        return Shard(acts=self.acts(number), **read | {"is_sink": read["is_sink"] | written["is_sink"]})
+        return read | {"is_sink": read["is_sink"] | written["is_sink"]}

@@ -7,6 +7,7 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_core.activations.encoding import EVERY, Rows
 from sae_core.activations.harvest import parts_of, run_model
 from sae_core.activations.shards import Split
 from sae_core.language_model import LanguageModel
@@ -22,12 +23,12 @@ class Rerun:
         self._model, self._device = ModelSettings.model_validate(said["model"]), device
         self._parts = list(parts_of(self._settings, split, path.parent / said["corpus"]))
 
-    def acts(self, number: int) -> Float[Tensor, "tokens d_model"]:
+    def acts(self, number: int, rows: Rows = EVERY, /) -> Float[Tensor, "tokens d_model"]:
         """The activations of a shard, bit for bit as the harvest computed them on this kind of device.
 
         Raises what loading the model and running it raise.
         """
-        return run_model(self._settings, self._lm, self._parts[number])[0].acts
+        return run_model(self._settings, self._lm, self._parts[number])[0].acts[rows]
 
     @cached_property
     def _lm(self) -> LanguageModel:

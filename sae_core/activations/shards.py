@@ -1,10 +1,12 @@
 """The shard files, and their reader: in order, in shuffled batches, or one by one."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -12,7 +14,8 @@ from jaxtyping import Bool, Float, Float32, Float64, Int, Int32, Int64
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sae_core.errors import MindAtlasError
+from sae_core.activations.elsewhere import ELSEWHERE, Copies
+from sae_core.activations.encoding import COLUMNS, EVERY, ActivationError, Rows, decode
 
 Split = Literal["train", "held_out"]
 
@@ -24,14 +27,22 @@ RERUN = "rerun.json"
 """There when the activations themselves are not: what the model needs to compute them again."""
 _CHUNK = 8192
 """Rows turned into float64 at a time."""
+_READ_AHEAD = 1 << 20
 
 
-Acts = Callable[[int], Float[Tensor, "tokens *site d_model"]]
-"""Gives the activations of the shard of a number."""
+@runtime_checkable
+class Acts(Protocol):
+    """Gives the activations of the shard of a number, or some of its rows."""
+
+    def __call__(self, number: int, rows: Rows = EVERY, /) -> Float[Tensor, "tokens *site d_model"]: ...
 
 
-class ActivationError(MindAtlasError):
-    """Activations that cannot be made, or cannot be read."""
+@runtime_checkable
+class Text(Protocol):
+    """A split's blocks, as `sae_core.corpus.Blocks` has them."""
+
+    documents: Int32[np.ndarray, "blocks length"]
+    positions: Int32[np.ndarray, "blocks length"]
 
 
 class Shard(NamedTuple):
@@ -74,6 +85,34 @@ class Statistics(NamedTuple):
     mean_square_norm: Float32[Tensor, " sites"]
 
 
+class Files:
+    """Activations that lie in files; `path` says where each shard's are, and sees to it that they are there."""
+
+    def __init__(self, path: Callable[[int], Path]) -> None:
+        self._path = path
+
+    def acts(self, number: int, rows: Rows = EVERY, /) -> Float[Tensor, "tokens d_model"]:
+        """The activations of a shard. Raises ActivationError when they cannot be read."""
+        return decode(_tensors(self._path(number), COLUMNS[:1], COLUMNS[1:]), rows)
+
+    def ahead(self, number: int) -> None:
+        """Read a shard for nothing but to have it in the system's memory when it is asked for."""
+        buffer = bytearray(_READ_AHEAD)
+        with suppress(OSError, ActivationError), self._path(number).open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+class Group(NamedTuple):
+    """Shards that are mixed."""
+
+    shards: list[int]
+    key: tuple[int, int]
+    """Of the permutation of their rows."""
+    skip: int
+    """Rows of it that are left out."""
+
+
 class Activations:
     """One split of a site's activations. Files are memory-mapped, and only while they are read.
 
@@ -85,8 +124,16 @@ class Activations:
         d_model: width of an activation.
     """
 
-    def __init__(self, folder: Path, paths: list[Path], acts: Acts, device: str = "cpu") -> None:
-        self.folder, self.paths, self.acts, self.device = folder, paths, acts, device
+    def __init__(
+        self,
+        folder: Path,
+        paths: list[Path],
+        acts: Acts,
+        device: str = "cpu",
+        ahead: Callable[[int], None] = lambda number: None,
+    ) -> None:
+        """`ahead` is told of a shard some time before `acts` is asked for it, in a thread of its own."""
+        self.folder, self.paths, self.acts, self.device, self.ahead = folder, paths, acts, device, ahead
         totals = [Totals.read(path) for path in paths]
         self._kept = [int(t.n_kept) for t in totals]
         self._sizes = [len(_tensors(path, ("is_sink",))["is_sink"]) for path in paths]
@@ -104,11 +151,12 @@ class Activations:
         for number, path in enumerate(paths):
             if path.name != shard_name(split, number):
                 raise ActivationError(f"{folder} lacks {shard_name(split, number)}: run the activations stage again")
-        if not (folder / RERUN).exists():
-            return cls(folder, paths, lambda number: _tensors(paths[number], ("acts",))["acts"], device)
-        from sae_core.activations.rerun import Rerun  # brings the model library, which reading does not need
+        if (folder / RERUN).exists():
+            from sae_core.activations.rerun import Rerun  # brings the model library, which reading does not need
 
-        return cls(folder, paths, Rerun(folder / RERUN, split, device).acts, device)
+            return cls(folder, paths, Rerun(folder / RERUN, split, device).acts, device)
+        files = Files(Copies(folder, paths).path if (folder / ELSEWHERE).exists() else paths.__getitem__)
+        return cls(folder, paths, files.acts, device, files.ahead)
 
     def statistics(self) -> Statistics:
         """Mean and mean square norm of the train split, sinks left out."""
@@ -132,9 +180,24 @@ class Activations:
         ends = torch.tensor(self._sizes).cumsum(0)
         shard_of = torch.searchsorted(ends, row, right=True)
         starts = ends - torch.tensor(self._sizes)
-        found = [self.acts(number)[row[shard_of == number] - starts[number]] for number in range(len(self.paths))]
+        numbers = shard_of.unique().tolist() or [0]  # no place at all gives no row of the first shard
+        found = [self.acts(number, row[shard_of == number] - starts[number]) for number in numbers]
         order = shard_of.argsort(stable=True)
         return torch.cat(found)[order.argsort()]
+
+    def at(self, blocks: Text, document: int, tokens: Sequence[int]) -> Float[Tensor, "tokens d_model"]:
+        """The activations of a document's tokens, counted from 0; `blocks` are the corpus's, of the same split.
+
+        Where a token stands in several blocks (the first one, repeated where a document goes on), the first counts.
+
+        Raises ActivationError when the split has no such token.
+        """
+        block, offset = (torch.from_numpy(where) for where in (blocks.documents == document).nonzero())
+        found = {int(p): n for n, p in reversed(list(enumerate(blocks.positions[block, offset])))}
+        if lacking := [token for token in tokens if token not in found]:
+            raise ActivationError(f"document {document} has no token {lacking[0]} here: it has {len(found)} tokens")
+        n = torch.tensor([found[token] for token in tokens], dtype=torch.long)
+        return self.rows(block[n], offset[n])
 
     def batches(
         self, batch_tokens: int, n_steps: int, seed: int, start_step: int = 0
@@ -167,28 +230,38 @@ class Activations:
     ) -> Iterator[tuple[Float[Tensor, "rows *site d_model"], Int64[Tensor, " picked"]]]:
         """Kept rows of a few shards, and the order to take them in, without the first `skip`; one buffer for all.
 
-        When all shards fit, they are read once, and stay.
+        When all shards fit, they are read once, and stay. Else the next ones are read ahead while these are used.
         """
-        some = self.acts(0)
+        some = self.acts(0, slice(1))
         size = max(2, _shuffle_bytes(self.device) // (max(self._sizes) * some[0].numel() * some.element_size()))
         buffer = some.new_empty(min(size * max(self._kept), self.n_kept), *some.shape[1:], device=self.device)
-        first, skip = divmod(skip, self.n_kept)
         inside: list[int] = []
+        reader = ThreadPoolExecutor(1)
+        try:
+            for now, following in itertools.pairwise(self._plan(size, seed, skip)):
+                n = sum(self._kept[shard] for shard in now.shards)
+                if now.shards != inside:
+                    self._load(inside := now.shards, buffer[:n])
+                for shard in set(following.shards) - set(inside):
+                    reader.submit(self.ahead, shard)
+                yield buffer[:n], permutation(n, seed, *now.key)[now.skip :]
+        finally:
+            reader.shutdown(wait=False, cancel_futures=True)
+
+    def _plan(self, size: int, seed: int, skip: int) -> Iterator[Group]:
+        """Which shards are mixed, `size` at a time, epoch after epoch, without the first `skip` rows."""
+        first, skip = divmod(skip, self.n_kept)
         for epoch in itertools.count(first):
             for number, group in enumerate(permutation(len(self.paths), seed, epoch, 0).split(size)):
-                wanted = sorted(group.tolist())
-                n = sum(self._kept[shard] for shard in wanted)
+                n = sum(self._kept[shard] for shard in group.tolist())
                 if skip < n:
-                    if wanted != inside:
-                        self._load(inside := wanted, buffer[:n])
-                    yield buffer[:n], permutation(n, seed, epoch, 1 + number)[skip:]
+                    yield Group(sorted(group.tolist()), (epoch, 1 + number), skip)
                 skip = max(0, skip - n)
 
     def _load(self, group: list[int], out: Float[Tensor, "rows *site d_model"]) -> None:
         """Copy the kept rows of the shards into `out`."""
         for shard, rows in zip(group, out.split([self._kept[shard] for shard in group]), strict=True):
-            acts, *_, is_sink = self._shard(shard)
-            rows.copy_(acts[~is_sink])
+            rows.copy_(self.acts(shard, ~self.places(shard)["is_sink"]))
 
     def places(self, number: int) -> dict[str, Tensor]:
         """What a shard holds beside its activations, as `Shard` names it."""
@@ -227,16 +300,22 @@ def shard_name(split: Split, number: int) -> str:
     return f"{split}-{number:05d}.safetensors"
 
 
+def square_error(path: Path) -> list[float]:
+    """What a shard lost by the type it is kept in, if that is another than the activations were computed in."""
+    return [float(error) for error in _tensors(path, (), ("square_error",)).values()]
+
+
 def permutation(n: int, *key: int) -> Int64[Tensor, " n"]:
     """Random order of n things, the same for the same key."""
     return torch.from_numpy(np.random.default_rng([part % 2**64 for part in key]).permutation(n))
 
 
-def _tensors(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
+def _tensors(path: Path, names: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
     """Tensors of a safetensors file, memory-mapped."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in names}
+            there = set(file.keys())
+            return {name: file.get_tensor(name) for name in (*names, *(n for n in optional if n in there))}
     except (OSError, SafetensorError) as error:
         raise ActivationError(
             f"{path} cannot be read ({error}): delete it, and run the activations stage again"

@@ -2,13 +2,17 @@
 
 from array import array
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Int32
 
+from sae_core.study import Packing
+
 PADDING = -1
 """Document number of the places that no token fills."""
+
+Documents = TypeVar("Documents")
 
 
 class Blocks(NamedTuple):
@@ -19,6 +23,11 @@ class Blocks(NamedTuple):
     """Row number in the table of documents; `PADDING` where there is no token."""
     positions: Int32[np.ndarray, "n_blocks block_tokens"]
     """Index of the token in its document."""
+
+
+def kept_apart(documents: Documents, packing: Packing) -> Documents | None:
+    """What attention keeps apart in blocks whose tokens are of the given documents; None when it runs over all."""
+    return documents if packing == "documents" else None
 
 
 class Packer:

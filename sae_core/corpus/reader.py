@@ -2,6 +2,7 @@
 
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -54,12 +55,26 @@ class Corpus:
 
     def text(self, document: int) -> str:
         """The text of one document. Raises IndexError when there is none of that number."""
-        if document < 0:
-            raise IndexError(f"documents are counted from 0, not {document}")
-        return self._texts(document // ROW_GROUP)[document % ROW_GROUP]
+        return self._texts(_group(document))[document % ROW_GROUP]
+
+    def document(self, document: int) -> dict[str, Any]:
+        """One document with everything that is kept of it (see `SCHEMA`); raises as `text`."""
+        group = self._read(_group(document))
+        if document % ROW_GROUP >= group.num_rows:
+            raise IndexError(f"the corpus has {_group(document) * ROW_GROUP + group.num_rows} documents")
+        return group.slice(document % ROW_GROUP, 1).to_pylist()[0]
 
     def _read_texts(self, group: int) -> list[str]:
+        return self._read(group, ["text"]).column(0).to_pylist()
+
+    def _read(self, group: int, columns: list[str] | None = None) -> pa.Table:
         with pq.ParquetFile(self.folder / "documents.parquet") as file:
             if group >= file.num_row_groups:
                 raise IndexError(f"the corpus has {file.metadata.num_rows} documents")
-            return file.read_row_group(group, columns=["text"]).column(0).to_pylist()
+            return file.read_row_group(group, columns=columns)
+
+
+def _group(document: int) -> int:
+    if document < 0:
+        raise IndexError(f"documents are counted from 0, not {document}")
+    return document // ROW_GROUP

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int64
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -161,6 +161,14 @@ class Dictionary:
         """The same dictionary on another device."""
         tensors = {name: tensor.to(device) for name, tensor in self._tensors().items()}
         return Dictionary(**tensors, config=self.config)
+
+    def reordered(self, order: Int64[Tensor, " d_sae"]) -> "Dictionary":
+        """The same features in another order: the one at place i is the `order[i]`-th of these."""
+        rank_scale = None if self.rank_scale is None else self.rank_scale[order]
+        return Dictionary(
+            self.W_enc[:, order], self.b_enc[order], self.W_dec[order], self.b_dec, self.threshold[order],
+            self.config, rank_scale,
+        )  # fmt: skip
 
     def save(self, folder: Path) -> None:
         """Write `dictionary.safetensors` and `config.json`. Raises ArtifactError when the disk does not take them."""

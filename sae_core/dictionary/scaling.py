@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from sae_core.dictionary.folded import Dictionary
 from sae_core.dictionary.weights import Weights
 
 
@@ -31,6 +32,11 @@ class OneSite:
     ) -> tuple[Float32[Tensor, "d_sae d_model"], Float32[Tensor, " d_sae"]]:
         """The encoder that reads raw activations, and gives activations in their units."""
         return W_enc, (b_enc - W_enc @ weights.b_dec) / self.scale
+
+    def unfold(self, dictionary: Dictionary) -> Weights:
+        """The weights that `fold` would make the dictionary of, copied."""
+        W_enc, b_dec = dictionary.W_enc.T.clone(), dictionary.b_dec * self.scale
+        return Weights(W_enc, dictionary.b_enc * self.scale + W_enc @ b_dec, dictionary.W_dec.clone(), b_dec)
 
 
 class TwoSites:

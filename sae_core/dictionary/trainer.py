@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sae_core.artifacts import write_atomically
 from sae_core.dictionary.architectures import architecture
+from sae_core.dictionary.batch_top_k import BatchTopK
 from sae_core.dictionary.center import geometric_median
 from sae_core.dictionary.folded import Dictionary
 from sae_core.dictionary.scaling import OneSite, TwoSites
@@ -76,9 +77,17 @@ class Training:
     """One dictionary in training.
 
     Inputs are scaled (`sae_core.dictionary.scaling`); `dictionary` folds that away.
+
+    Args:
+        settings: what to train, and how.
+        source: the activations.
+        device: where to train.
+        start: a finished dictionary to begin with, if it can be gone on from (see `_goes_on_from`).
     """
 
-    def __init__(self, settings: DictionarySettings, source: Source, device: str = "cpu") -> None:
+    def __init__(
+        self, settings: DictionarySettings, source: Source, device: str = "cpu", start: Dictionary | None = None
+    ) -> None:
         if source.n_kept < settings.batch_tokens:
             raise TrainingError(
                 f"{source.n_kept} activations are fewer than one batch of {settings.batch_tokens}: "
@@ -92,12 +101,26 @@ class Training:
         variance = source.d_model - float(self.scaling.mean.square().sum())
         center = _center(settings, source, self.scaling).to(device)
         self.architecture = architecture(settings, variance)
-        self.learner = Learner(self.architecture.start(Weights.initial(settings.d_sae, center, settings.seed)))
+        self.learner = Learner(
+            self._goes_on_from(start) or self.architecture.start(Weights.initial(settings.d_sae, center, settings.seed))
+        )
         self.silent_for = torch.zeros(settings.d_sae, dtype=torch.int64, device=device)
         self.history: list[StepMetrics] = []
         self.seconds = 0.0
         """Spent on steps, those of killed runs included."""
         self.checkpoint = "none was written yet"
+
+    def _goes_on_from(self, start: Dictionary | None) -> Weights | None:
+        """The weights of a finished dictionary, where they are all that there is to go on from, and fit.
+
+        So it is with what selects as BatchTopK does and reads one site; other architectures learn more than is saved.
+        """
+        if start is None or not isinstance(self.architecture, BatchTopK) or not isinstance(self.scaling, OneSite):
+            return None
+        if start.d_sae != self.settings.d_sae or start.rank_scale is not None:
+            return None
+        self.architecture.remember(float(start.threshold.median()) * self.scaling.scale)
+        return self.scaling.unfold(start)
 
     @property
     def n_steps(self) -> int:

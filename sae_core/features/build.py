@@ -20,8 +20,9 @@ from sae_core.dictionary import Dictionary
 from sae_core.features.examples import Candidates, Pool, acts_in_windows, bins, text_in_windows
 from sae_core.features.firings import FiringStore
 from sae_core.features.logits import logit_effects
-from sae_core.features.reader import EXAMPLES, FEATURES, FeatureError
+from sae_core.features.reader import EXAMPLES, FEATURES, FIRINGS, WINDOWS, FeatureError
 from sae_core.features.statistics import Counts, Totals, summarize, totals
+from sae_core.features.windows import SCHEMA, Sampled, firings_in, sample_windows
 from sae_core.language_model import LanguageModel
 from sae_core.progress import Report, silent
 from sae_core.study import FeatureSettings, ModelSettings
@@ -45,6 +46,7 @@ _EXAMPLES = pa.schema(
         ("acts", _FLOATS),
     ]
 )  # fmt: skip
+_WINDOWS = pa.schema([("window", pa.int32()), ("document", pa.int32()), ("tokens", _STRINGS)])
 
 
 BYTES_A_FIRING, BYTES_A_TOKEN = 8, 40
@@ -55,7 +57,9 @@ def build_features(
     settings: FeatureSettings, model: ModelSettings, corpus: Path, activations: Path, dictionary: Path, folder: Path,
     device: str = "cpu", report: Report = silent,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write `features.parquet` and `examples.parquet` into `folder`, from the training split.
+    """Write `features.parquet`, `examples.parquet`, `windows.parquet` and `firings.parquet` into `folder`.
+
+    All of it is from the training split. The last two are a sample of the text with every firing in it.
 
     Args:
         settings: what is kept.
@@ -114,13 +118,18 @@ def _open(model: ModelSettings, corpus: Path, activations: Path, dictionary: Pat
 def _write(
     settings: FeatureSettings, sources: _Sources, store: FiringStore, folder: Path, report: Report
 ) -> np.ndarray:
-    """Write both tables, one row group for each range of features; returns n_fired of every feature."""
+    """Write all tables, one row group for each range of features; returns n_fired of every feature."""
     d_sae, n_fired = sources.dictionary.d_sae, []
+    sampled = sample_windows(sources.corpus, settings)
+    with write_atomically(folder / WINDOWS) as windows_path:
+        pq.write_table(_window_table(sampled, sources), windows_path)
     width = max(1, min(_RANGE, _COUNTERS // len(sources.strings)))
     with (
         write_atomically(folder / FEATURES) as features_path, write_atomically(folder / EXAMPLES) as examples_path,
+        write_atomically(folder / FIRINGS) as firings_path,
         pq.ParquetWriter(features_path, _FEATURES) as features_file,
         pq.ParquetWriter(examples_path, _EXAMPLES) as examples_file,
+        pq.ParquetWriter(firings_path, SCHEMA) as firings_file,
     ):  # fmt: skip
         for start in range(0, d_sae, width):
             features = range(start, min(start + width, d_sae))
@@ -132,6 +141,7 @@ def _write(
                 pool.add(firings)
             features_file.write_table(_feature_table(features, found, counts, settings, sources))
             examples_file.write_table(_example_table(features, found, pool.choose(), settings, sources, store))
+            firings_file.write_table(firings_in(sampled, features, store.read(features)))
             n_fired.append(found.n_fired)
             report(features.stop, d_sae, "features")
     return np.concatenate(n_fired)
@@ -184,6 +194,19 @@ def _example_table(
         "acts": _lists(lengths, acts[inside]),
     }
     return pa.table(columns, _EXAMPLES)
+
+
+def _window_table(sampled: Sampled, sources: _Sources) -> pa.Table:
+    lengths = sampled.stop - sampled.start
+    place = sampled.start[:, None] + np.arange(lengths.max(initial=0))
+    inside = place < sampled.stop[:, None]
+    ids = np.asarray(sources.corpus.token_ids[sampled.block[:, None], np.where(inside, place, 0)])
+    columns = {
+        "window": np.arange(len(lengths)),
+        "document": np.asarray(sources.corpus.documents[sampled.block, sampled.start]),
+        "tokens": _lists(lengths, sources.strings.take(pa.array(ids[inside]))),
+    }
+    return pa.table(columns, _WINDOWS)
 
 
 def _lists(lengths: np.ndarray, values: Any) -> pa.ListArray:

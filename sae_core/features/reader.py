@@ -4,14 +4,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sae_core.errors import MindAtlasError
+from sae_core.settings import DOCUMENTED
 
 FEATURES = "features.parquet"
 EXAMPLES = "examples.parquet"
+WINDOWS = "windows.parquet"
+FIRINGS = "firings.parquet"
 
 
 class FeatureError(MindAtlasError):
@@ -21,6 +25,8 @@ class FeatureError(MindAtlasError):
 @dataclass(frozen=True, slots=True)
 class FeatureRow:
     """What is known of one feature from the corpus and the weights alone."""
+
+    __pydantic_config__ = DOCUMENTED
 
     feature: int
     n_fired: int
@@ -65,6 +71,23 @@ class Example:
     """The feature's value on each of `tokens`; 0 on attention sinks, which are left out."""
 
 
+class Sample:
+    """Windows of text from all over the corpus, and everything that fires in them."""
+
+    def __init__(self, windows: pa.Table, firings: pa.Table) -> None:
+        self.tokens: list[list[str]] = windows["tokens"].to_pylist()
+        self.documents: list[int] = windows["document"].to_pylist()
+        self._feature, self._window, self._place, self._value = (column.to_numpy() for column in firings.columns)
+
+    def acts(self, feature: int) -> dict[int, list[float]]:
+        """The windows in which the feature fires, with its value on each of their tokens."""
+        its = slice(*np.searchsorted(self._feature, [feature, feature + 1]))
+        found: dict[int, list[float]] = {}
+        for window, place, value in zip(self._window[its], self._place[its], self._value[its], strict=True):
+            found.setdefault(int(window), [0.0] * len(self.tokens[window]))[place] = float(value)
+        return found
+
+
 class Features:
     """Firing statistics, examples and logit effects of all features of a dictionary."""
 
@@ -100,3 +123,10 @@ class Features:
         """The feature's examples, strongest first; none for a dead feature."""
         rows = pq.read_table(self.examples_path, filters=pc.field("feature") == feature)
         return [Example(**row) for row in rows.to_pylist()]
+
+    def sample(self) -> Sample:
+        """The sample of the corpus. Raises FeatureError when there is none."""
+        try:
+            return Sample(*(pq.read_table(self.features_path.with_name(name)) for name in (WINDOWS, FIRINGS)))
+        except FileNotFoundError as error:
+            raise FeatureError(f"{error.filename or WINDOWS} is missing: make the features again") from None

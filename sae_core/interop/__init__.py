@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from sae_core.artifacts import ArtifactError
+from sae_core.artifacts import new_folder
 from sae_core.dictionary import Dictionary
 from sae_core.interop import dictionary_learning, saelens, sparsify
 from sae_core.interop.foreign import InteropError
@@ -52,19 +52,13 @@ def write(dictionary: Dictionary, folder: Path, format: str, site: Site | None =
         site: where the dictionary reads, for the other library's metadata.
 
     Raises:
-        InteropError: the format is not known, or cannot hold the dictionary exactly; or the folder holds something.
-        ArtifactError: the folder cannot be written to.
+        InteropError: the format is not known, or cannot hold the dictionary exactly.
+        ArtifactError: the folder holds something, or cannot be written to.
     """
     known = _format(format)
     if dictionary.config["architecture"] == "transcoder":
         raise InteropError("a transcoder is written in no other library's format: only autoencoders are")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        taken = next(folder.iterdir(), None)
-    except OSError as error:
-        raise ArtifactError(f"cannot write to {folder}: {error.strerror}; name another folder") from None
-    if taken:
-        raise InteropError(f"{folder} holds {taken.name} already: name a new or an empty folder")
+    new_folder(folder)
     known.write(dictionary, folder, site)
 
 

@@ -54,7 +54,7 @@ _OURS = {
     "matryoshka_batchtopk": "matryoshka_batch_top_k",
 }  # fmt: skip
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()} | {"jump_relu_tanh": "jumprelu"}
-_HOOKS = {
+HOOKS = {
     "resid_pre": "hook_resid_pre", "resid_post": "hook_resid_post", "mlp_out": "hook_mlp_out",
     "attn_out": "hook_attn_out",
 }  # fmt: skip
@@ -112,7 +112,7 @@ def write(dictionary: Dictionary, folder: Path, site: Site | None = None) -> Non
         "training_architecture_details": _details(config),
     }  # fmt: skip
     if site is not None:
-        hook = {"hook_name": f"blocks.{site.layer}.{_HOOKS[site.hook]}"} if site.hook in _HOOKS else {}
+        hook = {"hook_name": f"blocks.{site.layer}.{HOOKS[site.hook]}"} if site.hook in HOOKS else {}
         metadata |= {"model_name": site.model, "mind_atlas_site": site.slug, **hook}
     theirs: dict[str, Any] = {
         "d_in": dictionary.d_model, "d_sae": dictionary.d_sae, "dtype": "float32", "device": "cpu",

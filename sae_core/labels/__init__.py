@@ -2,9 +2,14 @@
 
     prompts       what the label writer is asked, and how its answer is read
     client        completions from any OpenAI-compatible server, paid for once
+    pace          when to ask a server again, and when to leave it alone
+    prices        what tokens cost
+    budget        what may be spent
+    endpoint      the study's label writer: an endpoint, or a local server
     local_server  such a server on this machine, when no other is named
     labeler       one feature after another: asked, read, asked again once, recorded
     lexical       the tokens a feature fires on and those it promotes
+    estimate      what labels would cost, before the first request
     build         the stage: labels.parquet and attempts.jsonl
     reader        `Labels`, the one reader of the table
 

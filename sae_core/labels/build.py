@@ -3,10 +3,12 @@
 import asyncio
 import json
 import os
+import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,14 @@ import pyarrow.parquet as pq
 from sae_core.artifacts import write_atomically
 from sae_core.features import FeatureRow, Features
 from sae_core.labels import prompts
-from sae_core.labels.client import ChatClient
 from sae_core.labels.endpoint import label_writer
 from sae_core.labels.labeler import Labeler, Outcome, Record
 from sae_core.labels.lexical import lexical_label
-from sae_core.labels.reader import ATTEMPTS, LABELS, SCHEMA, LabelRow
+from sae_core.labels.reader import ATTEMPTS, LABELS, SCHEMA, LabelError, LabelRow, Labels
+from sae_core.labels.scoring.score import Ground, Scored, score_labels
 from sae_core.progress import Report, silent
 from sae_core.study import LabelSettings
 
-CONCURRENCY = 8
-"""Requests under way at once at an endpoint; a local server takes one at a time."""
 MIN_FIRED = 20
 """Features that fired less often are asked about last: too few examples to judge by."""
 MAX_DENSITY = 0.01
@@ -36,7 +36,7 @@ _SHOWN = 10  # labels in the summary
 
 def build_labels(
     settings: LabelSettings, features: Path, folder: Path, report: Report = silent, api_key: str | None = None,
-    concurrency: int = CONCURRENCY,
+    only: Sequence[int] = (), finished: Path | None = None, ground: Ground | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write `labels.parquet` (a row for every feature) and add to `attempts.jsonl`, in `folder`.
 
@@ -49,30 +49,46 @@ def build_labels(
         folder: where to write.
         report: progress, in bytes while a local model is fetched, then in labels.
         api_key: the endpoint's key; default: OPENAI_API_KEY from the environment. It is kept nowhere.
-        concurrency: requests under way at once at an endpoint.
+        only: features to ask about, in place of those that the settings choose; with `finished`.
+        finished: folder of finished labels, from which the rows of all other features are taken.
+        ground: what labels are scored with; without it none is.
 
     Returns:
-        Numbers of features by status, the share `labeled` of those asked about, tokens, seconds a label in this run,
-        and the first ten written labels with an example each.
+        Numbers of features by status, the share `labeled` of those to be asked about and `failed` of those that were,
+        tokens, `dollars` (None where the price is not known), the share `spent` of the budget, why it was `stopped`
+        when that was used up, seconds a label in this run, and the first ten written labels with an example each;
+        the shares of written labels that were `scored`, and of these that are better than the control, and for each
+        scorer all scores with the controls'.
 
     Raises:
-        LabelError: there is no label writer, it refuses the key, it does not know the model, or it stopped answering.
+        LabelError: there is no label writer, it refuses the key, it does not know the model, or it stopped answering;
+            a feature in `only` is not there or dead; there is a limit in dollars, but no price.
         ArtifactError: the disk is full.
     """
     source = Features.open(features)
-    chosen = choose_features(source.table(), settings.features)
+    chosen = choose(source, settings, only)
+    if finished:
+        _copy_attempts(finished, folder)
     start = time.monotonic()
     outcomes: list[Outcome] = []
+    others = Labels.open(finished).rows() if finished else []
+    scored = Scored({}, "")
+    summary: dict[str, Any] = {"stopped": "", "spent": 0.0}
     if chosen:
         key = api_key or os.environ.get("OPENAI_API_KEY") or "none"  # many servers want none; one that does says so
-        at_once = concurrency if settings.base_url else 1
         with _recorder(folder / ATTEMPTS) as record, label_writer(settings, key, report) as client:
-            outcomes = asyncio.run(_ask(client, source, settings, record, chosen, at_once, report))
-    seconds = time.monotonic() - start
+            labeler = Labeler(client, source, settings, record)
+            at_once = settings.concurrency if settings.base_url else 1
+            outcomes, scored = asyncio.run(_ask(labeler, chosen, at_once, report, ground, others))
+            summary = {"stopped": labeler.stopped or scored.stopped, "spent": client.budget.share}
+    summary["seconds_per_label"] = round((time.monotonic() - start) / len(outcomes), 3) if outcomes else 0.0
     rows = _rows(source.table(), settings, {outcome.feature: outcome for outcome in outcomes})
+    rows = [replace(row, **scored.fields.get(row.feature, {})) for row in rows]
+    if finished:
+        rows = _merged(others, rows, {outcome.feature for outcome in outcomes})
     with write_atomically(folder / LABELS) as path:
         pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], SCHEMA), path)
-    return _summary(settings, rows, outcomes, seconds)
+    return _summary(source, settings, rows) | summary
 
 
 def choose_features(table: pa.Table, count: int) -> list[int]:
@@ -88,14 +104,53 @@ def choose_features(table: pa.Table, count: int) -> list[int]:
     return [int(i) for i in order[n_fired[order] > 0][:count]]
 
 
+def choose(source: Features, settings: LabelSettings, only: Sequence[int]) -> list[int]:
+    """The features that a person named, each once; else those that the settings choose.
+
+    Raises LabelError when a named one is not there, or never fires.
+    """
+    if not only:
+        return choose_features(source.table(), settings.features)
+    n_fired = source.table()["n_fired"].to_numpy()
+    for feature in only:
+        if not 0 <= feature < len(n_fired):
+            raise LabelError(f"there is no feature {feature}: this dictionary has features 0 to {len(n_fired) - 1}")
+        if not n_fired[feature]:
+            raise LabelError(f"feature {feature} never fires: there is nothing to name it by")
+    return list(dict.fromkeys(only))
+
+
+def _merged(finished: Sequence[LabelRow], rows: Sequence[LabelRow], asked: set[int]) -> list[LabelRow]:
+    """The finished rows, with the new ones of the features asked about; a label is not given up for a failure."""
+    pairs = zip(finished, rows, strict=True)
+    return [
+        new if new.feature in asked and (new.status == "written" or old.status != "written") else old
+        for old, new in pairs
+    ]
+
+
+def _copy_attempts(finished: Path, folder: Path) -> None:
+    """Begin the record of attempts with the finished one's, unless a killed run did."""
+    if (finished / ATTEMPTS).is_file() and not (folder / ATTEMPTS).exists():
+        with write_atomically(folder / ATTEMPTS) as path:
+            shutil.copyfile(finished / ATTEMPTS, path)
+
+
 async def _ask(
-    client: ChatClient, source: Features, settings: LabelSettings, record: Record, chosen: Sequence[int],
-    at_once: int, report: Report,
-) -> list[Outcome]:  # fmt: skip
+    labeler: Labeler, chosen: Sequence[int], at_once: int, report: Report, ground: Ground | None,
+    others: Sequence[LabelRow],
+) -> tuple[list[Outcome], Scored]:  # fmt: skip
+    """What came of asking, and how good the labels are that did."""
+    source, settings = labeler.features, labeler.settings
     try:
-        return await Labeler(client, source, settings, record).label_all(chosen, at_once, report)
+        outcomes = await labeler.label_all(chosen, at_once, report)
+        if ground is None:
+            return outcomes, Scored({}, "")
+        rows = [_asked(outcome, lexical_label(source.feature(outcome.feature)), settings) for outcome in outcomes]
+        judged_by, record = labeler.client, labeler.record
+        return outcomes, await score_labels(judged_by, rows, others, source, settings, ground, record, at_once, report)
     finally:
-        await client.close()
+        await labeler.client.close()
 
 
 @contextmanager
@@ -130,29 +185,54 @@ def _asked(outcome: Outcome, lexical: str, settings: LabelSettings) -> LabelRow:
     written = outcome.answer._asdict() if outcome.answer else {}
     return LabelRow(
         outcome.feature, lexical, "written" if outcome.answer else "failed", **written,
-        model=settings.model, prompt_version=prompts.VERSION, prompt_tokens=outcome.prompt_tokens,
-        completion_tokens=outcome.completion_tokens, examples=tuple(outcome.examples), error=outcome.error,
+        model=settings.model, prompt_version=prompts.VERSION, seed=settings.seed, prompt_tokens=outcome.prompt_tokens,
+        completion_tokens=outcome.completion_tokens, dollars=outcome.dollars, seconds=outcome.seconds,
+        made_at=outcome.made_at, examples=tuple(outcome.examples), error=outcome.error,
     )  # fmt: skip
 
 
-def _summary(
-    settings: LabelSettings, rows: Sequence[LabelRow], outcomes: Sequence[Outcome], seconds: float
-) -> dict[str, Any]:
-    written = [outcome for outcome in outcomes if outcome.answer]
+def _summary(source: Features, settings: LabelSettings, rows: Sequence[LabelRow]) -> dict[str, Any]:
+    """What the table holds, whoever asked for it and whenever."""
+    status = Counter(row.status for row in rows)
+    order = choose_features(source.table(), len(rows))
+    written = [rows[i] for i in order if rows[i].status == "written"]
+    wanted = {*order[: settings.features], *(row.feature for row in rows if row.status in ("written", "failed"))}
+    costs = [row.dollars for row in rows]
     return {
         "model": settings.model,
         "prompt_version": prompts.VERSION,
-        "n_labeled": len(written),
-        "n_failed": len(outcomes) - len(written),
-        "n_lexical": sum(row.status == "lexical" for row in rows),
-        "n_dead": sum(row.status == "dead" for row in rows),
-        "labeled": len(written) / len(outcomes) if outcomes else 1.0,
-        "prompt_tokens": sum(outcome.prompt_tokens for outcome in outcomes),
-        "completion_tokens": sum(outcome.completion_tokens for outcome in outcomes),
-        "seconds_per_label": round(seconds / len(outcomes), 3) if outcomes else 0.0,
+        "n_labeled": status["written"],
+        "n_failed": status["failed"],
+        "n_lexical": status["lexical"],
+        "n_dead": status["dead"],
+        "labeled": status["written"] / len(wanted) if wanted else 1.0,
+        "failed": status["failed"] / max(status["written"] + status["failed"], 1),
+        "prompt_tokens": sum(row.prompt_tokens for row in rows),
+        "completion_tokens": sum(row.completion_tokens for row in rows),
+        "dollars": None if None in costs else sum(cost or 0.0 for cost in costs),
         "examples": [
-            {"feature": o.feature, "label": o.answer.label, "description": o.answer.description, "example": o.shown}
-            for o in written[:_SHOWN]
-            if o.answer
+            {"feature": row.feature, "label": row.label, "description": row.description, "example": _shown(source, row)}
+            for row in written[:_SHOWN]
         ],
+    } | _score_summary(written)
+
+
+def _score_summary(written: Sequence[LabelRow]) -> dict[str, Any]:
+    """How many labels were scored, how many of these beat the control, and every score beside the controls'."""
+    scored = [row for row in written if row.scores]
+    compared = [row.beats_control for row in scored if row.beats_control is not None]
+    scores: dict[str, dict[str, list[float | None]]] = {}
+    for score in (score for row in scored for score in row.scores):
+        found = scores.setdefault(score.scorer, {"score": [], "shuffled": [], "lexical": []})
+        for name, values in found.items():
+            values.append(getattr(score, name))
+    return {
+        "scored": len(scored) / len(written) if written else 1.0,
+        "beats_control": sum(compared) / len(compared) if compared else 1.0,
+        "scores": scores,
     }
+
+
+def _shown(source: Features, row: LabelRow) -> str:
+    """The strongest example that the label writer saw, as it saw it."""
+    return prompts.mark(source.examples(row.feature)[row.examples[0]]) if row.examples else ""

@@ -1,43 +1,73 @@
 """Completions from any OpenAI-compatible server: retried, told apart when they fail, and paid for only once."""
 
+import asyncio
 import hashlib
 import json
 import re
 import time
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import openai
 from openai import AsyncOpenAI
 from openai.types.chat import ChatCompletion
 
-from sae_core.artifacts import write_atomically
+from sae_core.artifacts import ArtifactError, write_atomically
+from sae_core.labels.budget import Budget
+from sae_core.labels.pace import LONGEST_WAIT, RETRIES, Pace, asked_to_wait, is_passing
+from sae_core.labels.prices import NOTHING, Usage
 from sae_core.labels.prompts import Message
 from sae_core.labels.reader import LabelError
 
 LONGEST = 20_000
 """Characters of an answer that are kept."""
+_NAMES = {"response_format": r"(?i)response.?format|json.?schema"}
+"""How servers call a parameter that they refuse, where not by its name alone."""
 
 
 class EndpointError(LabelError):
     """The server will answer no request as things stand: a wrong key, a missing model, nobody there."""
 
 
+class EndpointDown(EndpointError):
+    """The server answered, and does so no more; some time later it may."""
+
+    passing = True
+
+
 class RequestFailed(LabelError):
-    """One request got no answer, although it was repeated; another one may."""
+    """One request got no answer that holds text, although it was repeated; another one may."""
+
+    def __init__(self, message: str, usage: Usage = NOTHING) -> None:
+        super().__init__(message)
+        self.usage = usage
+        """The tokens that an answer without text took."""
 
 
 class Completion(NamedTuple):
-    """An answer and what it took."""
+    """An answer and what it took when it was bought."""
 
     text: str
     prompt_tokens: int
     completion_tokens: int
-    seconds: float
-    """Time until the answer was there, with all retries; 0 when it came from the cache."""
-    cached: bool
+    prefix_tokens: int = 0
+    """Tokens of the prompt that the server had read before (see `Usage`)."""
+    requests: int = 1
+    """Requests sent until the answer came."""
+    seconds: float = 0.0
+    """Time until the answer was there, with all pauses."""
+    made_at: str = ""
+    """When it was there: ISO 8601, UTC."""
+    cached: bool = False
+    """True when it came from the cache, and took nothing now."""
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(self.prompt_tokens, self.completion_tokens, self.prefix_tokens)
 
 
 class CompletionCache:
@@ -55,15 +85,20 @@ class CompletionCache:
     def get(self, path: Path) -> Completion | None:
         """The answer kept there, if there is one that can be read."""
         try:
-            kept = json.loads(path.read_text("utf-8"))
-            return Completion(kept["text"], kept["prompt_tokens"], kept["completion_tokens"], 0.0, cached=True)
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return Completion(**json.loads(path.read_text("utf-8")), cached=True)
+        except (OSError, ValueError, TypeError):
             return None
 
+    def prepare(self, path: Path) -> None:
+        """Make the folder, before anything is paid for. Raises ArtifactError when nothing can be written there."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArtifactError(f"cannot write {path}: {error.strerror}; set MIND_ATLAS_CACHE elsewhere") from None
+
     def put(self, path: Path, completion: Completion) -> None:
-        """Keep an answer. Raises ArtifactError when the disk is full."""
-        kept = {k: v for k, v in completion._asdict().items() if k in {"text", "prompt_tokens", "completion_tokens"}}
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Keep an answer, after `prepare`. Raises ArtifactError when the disk is full."""
+        kept = {key: value for key, value in completion._asdict().items() if key != "cached"}
         with write_atomically(path) as temporary:
             temporary.write_text(json.dumps(kept), "utf-8")
 
@@ -71,8 +106,8 @@ class CompletionCache:
 class ChatClient:
     """Asks one model at one server.
 
-    Time-outs, dropped connections and the statuses 408, 409, 429 and 5xx are tried again by the SDK, with
-    exponential backoff and jitter, or after the time that `Retry-After` asks for.
+    Passing faults (see `pace`) are tried again, with pauses that grow and vary, or as long as the server asks for in
+    `Retry-After`; when it has too many requests, all wait.
 
     Args:
         connect: makes the SDK's client; called before the first request that the cache cannot answer.
@@ -80,18 +115,22 @@ class ChatClient:
         model: name of the model at the endpoint.
         parameters: the other fields of a request. A server that refuses one by name is asked without it from then on.
         cache: where answers are kept.
+        budget: what may be spent.
     """
 
     def __init__(
         self, connect: Callable[[], AsyncOpenAI], endpoint: str, model: str, parameters: dict[str, Any],
-        cache: CompletionCache,
+        cache: CompletionCache, budget: Budget,
     ) -> None:  # fmt: skip
         self.connect = connect
         self.endpoint = endpoint
         self.model = model
         self.parameters = parameters
         self.cache = cache
+        self.budget = budget
+        self._pace = Pace()
         self._refused: set[str] = set()
+        self._under_way: WeakValueDictionary[Path, asyncio.Lock] = WeakValueDictionary()
 
     @cached_property
     def _sdk(self) -> AsyncOpenAI:
@@ -102,47 +141,76 @@ class ChatClient:
         if "_sdk" in self.__dict__:
             await self._sdk.close()
 
-    async def complete(self, messages: Sequence[Message]) -> Completion:
-        """The answer to `messages`, from the cache if it was ever given.
+    def place(self, messages: Sequence[Message], **parameters: Any) -> Path:
+        """Where the cache keeps the answer to `complete`, once there is one."""
+        return self.cache.path([self.endpoint, self.model, list(messages), self.parameters | parameters])
+
+    async def complete(self, messages: Sequence[Message], **parameters: Any) -> Completion:
+        """The answer to `messages`, from the cache if it was ever given; asked twice at once, it is bought once.
+
+        Args:
+            messages: the conversation so far.
+            parameters: fields of this request in place of the client's.
 
         Raises:
             EndpointError: no request will be answered; nothing else need be tried.
             RequestFailed: this one was not.
+            BudgetReached: it might cost more than is left.
             ArtifactError: the answer cannot be kept, because the disk is full.
         """
-        path = self.cache.path([self.endpoint, self.model, list(messages), self.parameters])
-        if found := self.cache.get(path):
-            return found
-        start = time.monotonic()
-        response = await self._request(messages)
-        choices = response.choices if isinstance(response, ChatCompletion) else None
-        if choices is None:
-            raise RequestFailed("what came back is no chat completion (does base_url end in /v1?)")
-        if not choices or not choices[0].message or not choices[0].message.content:
-            raise RequestFailed("the answer holds no text")
-        usage = response.usage
-        completion = Completion(
-            choices[0].message.content[:LONGEST], usage.prompt_tokens if usage else 0,
-            usage.completion_tokens if usage else 0, time.monotonic() - start, cached=False,
-        )  # fmt: skip
-        self.cache.put(path, completion)
-        return completion
+        path = self.place(messages, **parameters)
+        async with self._under_way.setdefault(path, asyncio.Lock()):
+            if found := self.cache.get(path):
+                self.budget.charge(found.usage, found.requests)
+                return found
+            self.cache.prepare(path)
+            completion = await self._buy(messages, self.parameters | parameters)
+            await asyncio.to_thread(self.cache.put, path, completion)  # the disk must not hold up the others
+            return completion
 
-    async def _request(self, messages: Sequence[Message]) -> Any:
-        """What the server sends back, whatever it is."""
+    async def _buy(self, messages: Sequence[Message], parameters: dict[str, Any]) -> Completion:
+        start = time.monotonic()
+        with self.budget.set_aside(messages, parameters.get("max_tokens", 0)):
+            response, requests = await self._ask(messages, parameters)
+            if not isinstance(response, ChatCompletion) or response.choices is None:
+                raise RequestFailed("what came back is no chat completion (does base_url end in /v1?)")
+            usage = _usage(response)
+            self.budget.charge(usage)
+        if not response.choices or not response.choices[0].message or not response.choices[0].message.content:
+            raise RequestFailed("the answer holds no text", usage)
+        text, seconds = response.choices[0].message.content[:LONGEST], time.monotonic() - start
+        now = datetime.now(UTC).isoformat("T", "seconds")
+        return Completion(text, *usage, requests, round(seconds, 3), now)
+
+    async def _ask(self, messages: Sequence[Message], parameters: dict[str, Any]) -> tuple[Any, int]:
+        """What the server sends back, whatever it is, and how many requests that took."""
+        turn = requests = 0
         while True:
-            sent = {key: value for key, value in self.parameters.items() if key not in self._refused}
+            await self._pace.wait()
+            self.budget.count_request()
+            requests += 1
+            sent = self._taken(parameters)
             try:
-                return await self._sdk.chat.completions.create(
-                    model=self.model, messages=cast(Any, messages), stream=False, **sent
-                )
+                # In extra_body, as elsewhere the SDK first walks through the types of all messages, which takes longer
+                # than the rest of a request together.
+                body = {"messages": messages, **sent}
+                ask = self._sdk.chat.completions.create
+                return await ask(model=self.model, messages=[], stream=False, extra_body=body), requests
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                refused = {key for key in sent if re.search(rf"\b{key}\b", str(error))}
+                refused = {key for key in sent if re.search(_NAMES.get(key, rf"\b{key}\b"), str(error))}
                 if not refused:
                     raise RequestFailed(self._say(error)) from None
                 self._refused |= refused
             except (openai.OpenAIError, ValueError) as error:
-                raise self._sort(error) from None
+                if turn == RETRIES or not is_passing(error):
+                    raise self._sort(error) from None
+                await self._pace.pause(error, turn)
+                turn += 1
+
+    def _taken(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """The parameters without those that the server refused; one bound of the length has two names."""
+        renamed = {"max_completion_tokens": parameters["max_tokens"]} if "max_tokens" in self._refused else {}
+        return {key: value for key, value in (parameters | renamed).items() if key not in self._refused}
 
     def _sort(self, error: Exception) -> LabelError:
         """Whether an error is one request's or the endpoint's."""
@@ -153,6 +221,9 @@ class ChatClient:
                 why = f"knows no model {self.model!r} (404): correct labels.model or labels.base_url"
             case openai.RateLimitError(code="insufficient_quota"):
                 why = "says that the account's quota is used up (429): add to it, then run again"
+            case openai.APIStatusError() if (asked_to_wait(error) or 0) > LONGEST_WAIT:
+                why = f"asks to wait {asked_to_wait(error):.0f} s ({error.status_code}); what was answered is kept"
+                return EndpointDown(f"{self.endpoint} {why}")
             case openai.OpenAIError():
                 return RequestFailed(self._say(error))
             case _:  # the SDK lets a body that is no JSON, though called so, through as json's own error
@@ -162,3 +233,11 @@ class ChatClient:
     def _say(self, error: openai.OpenAIError) -> str:
         """The error on one line, never with the key in it."""
         return " ".join(str(error).split()).replace(self._sdk.api_key, "***")[:300]
+
+
+def _usage(response: ChatCompletion) -> Usage:
+    """The tokens that a server says it took; none where it does not say."""
+    if (usage := response.usage) is None:
+        return NOTHING
+    details = usage.prompt_tokens_details
+    return Usage(usage.prompt_tokens or 0, usage.completion_tokens or 0, (details and details.cached_tokens) or 0)

@@ -9,15 +9,16 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 from sae_core.catalog import cache_dir, find_model, identify_model
 from sae_core.downloads import CatalogError
+from sae_core.labels.budget import Budget
 from sae_core.labels.client import ChatClient, CompletionCache
 from sae_core.labels.local_server import local_server
+from sae_core.labels.prices import find_prices
 from sae_core.labels.prompts import ANSWER_SCHEMA, MAX_TOKENS
 from sae_core.labels.reader import LabelError
 from sae_core.progress import Report
 from sae_core.study import LabelSettings, ModelSettings
 
-_TIMEOUT, _LOCAL_TIMEOUT = 120.0, 900.0  # seconds; a local model on a busy machine is slow, and not lost
-_RETRIES = 6  # waits of 0.5, 1, 2, 4, 8 and 8 seconds, unless the server says how long
+_LOCAL_TIMEOUT = 900.0  # seconds; a local model on a busy machine is slow, and not lost
 
 
 @contextmanager
@@ -30,15 +31,17 @@ def label_writer(settings: LabelSettings, key: str, report: Report) -> Iterator[
         report: progress in bytes while a local model is fetched.
 
     Raises:
-        LabelError: `base_url` is no URL; or it is empty, and there is no local model of that name.
+        LabelError: `base_url` is no URL, or one with a secret in it; it is empty, and there is no local model of that
+            name; there is a limit in dollars, but no price.
     """
+    budget = Budget(settings, find_prices(settings))
     cache = CompletionCache(cache_dir() / "completions")
     with ExitStack() as stack:
         if settings.base_url:
             endpoint, connect = settings.base_url, _remote(settings, key)
         else:
             endpoint, connect = _identity(settings), _local(settings, stack, report)
-        yield ChatClient(connect, endpoint, settings.model, _parameters(settings), cache)
+        yield ChatClient(connect, endpoint, settings.model, _parameters(settings), cache, budget)
 
 
 def _parameters(settings: LabelSettings) -> dict[str, Any]:
@@ -50,9 +53,11 @@ def _parameters(settings: LabelSettings) -> dict[str, Any]:
 
 
 def _remote(settings: LabelSettings, key: str) -> Callable[[], AsyncOpenAI]:
+    if "@" in settings.base_url or "?" in settings.base_url:  # it is written down in many places
+        raise LabelError("labels.base_url holds a name, a password or a query: leave them out, and set OPENAI_API_KEY")
     if not settings.base_url.startswith(("http://", "https://")):
         raise LabelError(f"labels.base_url = {settings.base_url!r} is no URL: begin it with http:// or https://")
-    return lambda: AsyncOpenAI(base_url=settings.base_url, api_key=key, timeout=_TIMEOUT, max_retries=_RETRIES)
+    return lambda: AsyncOpenAI(base_url=settings.base_url, api_key=key, timeout=settings.timeout, max_retries=0)
 
 
 def _local(settings: LabelSettings, stack: ExitStack, report: Report) -> Callable[[], AsyncOpenAI]:
@@ -65,7 +70,7 @@ def _local(settings: LabelSettings, stack: ExitStack, report: Report) -> Callabl
             )
         url = stack.enter_context(local_server(Path(found.path)))
         direct = DefaultAsyncHttpxClient(trust_env=False)  # no proxy stands between this machine and itself
-        return AsyncOpenAI(base_url=url, api_key="local", timeout=_LOCAL_TIMEOUT, http_client=direct)
+        return AsyncOpenAI(base_url=url, api_key="local", timeout=_LOCAL_TIMEOUT, max_retries=0, http_client=direct)
 
     return serve
 

@@ -1,12 +1,15 @@
 """One feature after another, several at a time: asked, read, asked again once, and every attempt recorded."""
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
 from sae_core.features import Features
-from sae_core.labels.client import ChatClient, Completion, EndpointError, RequestFailed
-from sae_core.labels.prompts import Answer, BadAnswer, ask, ask_again, choose_examples, mark, read_answer
+from sae_core.labels.budget import BudgetReached
+from sae_core.labels.client import ChatClient, Completion, EndpointDown, EndpointError, RequestFailed
+from sae_core.labels.prices import NOTHING, Usage
+from sae_core.labels.prompts import Answer, BadAnswer, ask, ask_again, choose_examples, read_answer
 from sae_core.progress import Report
 from sae_core.study import LabelSettings
 
@@ -24,12 +27,16 @@ class Outcome(NamedTuple):
     answer: Answer | None
     """None when it failed; `error` says why."""
     error: str
-    prompt_tokens: int
-    completion_tokens: int
     examples: list[int]
     """Those shown: indices into `Features.examples(feature)`."""
-    shown: str
-    """The strongest of them, as the label writer saw it."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    dollars: float | None = None
+    """What the answers cost; None where no price is known."""
+    seconds: float = 0.0
+    """Time until the answers were there, when they were bought."""
+    made_at: str = ""
+    """When the last of them was there."""
 
 
 class Labeler:
@@ -47,45 +54,57 @@ class Labeler:
         self.features = features
         self.settings = settings
         self.record = record
+        self.stopped = ""
+        """Why features were left out, when the budget was used up."""
         self._failures = 0
+        self._answered = False
 
     async def label_all(self, chosen: Sequence[int], concurrency: int, report: Report) -> list[Outcome]:
         """Outcomes in the order of `chosen`, with at most `concurrency` requests under way.
+
+        When the budget is used up, what is under way is waited for, and the features that are left have no outcome.
 
         Raises:
             EndpointError: the server answers nothing, or failed several requests in a row.
             ArtifactError: the disk is full.
         """
         outcomes: dict[int, Outcome] = {}
-        todo, failed = iter(chosen), 0.0
+        todo, failed = deque(chosen), 0.0
 
         async def work() -> None:
             nonlocal failed
-            for feature in todo:  # shared: each worker takes the next one
-                outcomes[feature] = await self.label(feature)
+            while todo:  # shared: each worker takes the next one
+                feature = todo.popleft()
+                try:
+                    outcomes[feature] = await self.label(feature)
+                except BudgetReached as reached:
+                    self.stopped = str(reached)
+                    todo.appendleft(feature)  # for a worker whose own request leaves something over
+                    return
                 failed += outcomes[feature].answer is None
-                report(len(outcomes), len(chosen), "labels", failed=failed)
+                report(len(outcomes), len(chosen), "labels", failed=failed, dollars=self.client.budget.dollars)
 
         self._give_up_after = min(_GIVE_UP_AFTER, len(chosen))
-        await _all([work() for _ in range(min(concurrency, len(chosen)))])
-        return [outcomes[feature] for feature in chosen]
+        await run_all([work() for _ in range(min(concurrency, len(chosen)))])
+        self.stopped = self.stopped if todo else ""
+        return [outcomes[feature] for feature in chosen if feature in outcomes]
 
     async def label(self, feature: int) -> Outcome:
-        """Ask about one feature; a failure is an outcome. Raises as `label_all`."""
-        examples = self.features.examples(feature)
+        """Ask about one feature; a failure is an outcome. Raises as `label_all`, and BudgetReached."""
+        examples = await asyncio.to_thread(self.features.examples, feature)  # others' answers need not wait for it
         indices = choose_examples(examples, self.settings.examples, self.settings.seed)
         messages = ask(self.features.feature(feature), [examples[i] for i in indices])
-        outcome = Outcome(feature, None, "", 0, 0, indices, mark(examples[indices[0]]) if indices else "")
+        outcome = Outcome(feature, None, "", indices, dollars=self.client.budget.price(NOTHING))
         for turn in range(TURNS):
             try:
                 completion = await self.client.complete(messages)
             except RequestFailed as failure:
-                self._note(feature, turn, error=str(failure))
+                self._note(feature, turn, failure.usage, error=str(failure))
                 self._count_failure(str(failure))
-                return outcome._replace(error=str(failure))
-            self._failures = 0
-            outcome = _answered(outcome, completion)
-            self._note(feature, turn, completion, outcome.error)
+                return self._paid(outcome, failure.usage)._replace(error=str(failure))
+            self._failures, self._answered = 0, self._answered or not completion.cached
+            outcome = self._read(outcome, completion)
+            self._note(feature, turn, completion.usage, outcome.error, **completion._asdict())
             if outcome.answer:
                 break
             messages = ask_again(messages, completion.text, outcome.error)
@@ -94,30 +113,38 @@ class Labeler:
     def _count_failure(self, error: str) -> None:
         self._failures += 1
         if self._failures >= self._give_up_after:
-            raise EndpointError(
+            kind = EndpointDown if self._answered else EndpointError
+            raise kind(
                 f"{self.client.endpoint} failed {self._failures} requests in a row, the last with: {error}; "
                 "see that it runs, then run again: what was answered is kept"
             )
 
-    def _note(self, feature: int, turn: int, completion: Completion | None = None, error: str = "") -> None:
-        answered = completion._asdict() if completion else {}
-        self.record({"feature": feature, "turn": turn, "error": error, "model": self.client.model} | answered)
+    def _read(self, outcome: Outcome, completion: Completion) -> Outcome:
+        """The outcome with what another answer says and cost."""
+        answer, error = None, ""
+        try:
+            answer = read_answer(completion.text)
+        except BadAnswer as problem:
+            error = str(problem)
+        return self._paid(outcome, completion.usage)._replace(
+            answer=answer, error=error, seconds=outcome.seconds + completion.seconds, made_at=completion.made_at
+        )
+
+    def _paid(self, outcome: Outcome, usage: Usage) -> Outcome:
+        """The outcome with the tokens of another answer."""
+        more = self.client.budget.price(usage)
+        return outcome._replace(
+            prompt_tokens=outcome.prompt_tokens + usage.prompt_tokens,
+            completion_tokens=outcome.completion_tokens + usage.completion_tokens,
+            dollars=None if more is None else (outcome.dollars or 0.0) + more,
+        )
+
+    def _note(self, feature: int, turn: int, usage: Usage, error: str, **answered: Any) -> None:
+        told = {"feature": feature, "turn": turn, "error": error, "model": self.client.model}
+        self.record(told | usage._asdict() | {"dollars": self.client.budget.price(usage)} | answered)
 
 
-def _answered(outcome: Outcome, completion: Completion) -> Outcome:
-    """The outcome with what another answer says and cost."""
-    answer, error = None, ""
-    try:
-        answer = read_answer(completion.text)
-    except BadAnswer as problem:
-        error = str(problem)
-    return outcome._replace(
-        answer=answer, error=error, prompt_tokens=outcome.prompt_tokens + completion.prompt_tokens,
-        completion_tokens=outcome.completion_tokens + completion.completion_tokens,
-    )  # fmt: skip
-
-
-async def _all(work: Sequence[Awaitable[None]]) -> None:
+async def run_all(work: Sequence[Awaitable[None]]) -> None:
     """Run all to their ends; the first error ends the others and is raised as it is."""
     tasks = [asyncio.ensure_future(w) for w in work]
     try:

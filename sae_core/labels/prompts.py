@@ -123,19 +123,23 @@ def _by_turns(examples: Sequence[Example], draw: random.Random) -> list[int]:
 
 def mark(example: Example) -> str:
     """The example's text around its peak on one line, with what the feature fires on between `<<` and `>>`."""
-    start, end = max(0, example.peak - BEFORE), example.peak + AFTER
+    shown = slice(max(0, example.peak - BEFORE), example.peak + AFTER)
     least = MARK_SHARE * max(example.acts, default=0)
-    fires = [act > 0 and act >= least for act in example.acts[start:end]]
+    return marked(example.tokens[shown], [act > 0 and act >= least for act in example.acts[shown]])
+
+
+def marked(tokens: Sequence[str], fires: Sequence[bool]) -> str:
+    """The text of tokens on one line, with those that fire between `<<` and `>>`."""
     runs: list[tuple[bool, str]] = []
-    for token, fire in zip(example.tokens[start:end], fires, strict=True):
+    for token, fire in zip(tokens, fires, strict=True):
         if runs and runs[-1][0] == fire:
             runs[-1] = (fire, runs[-1][1] + token)
         else:
             runs.append((fire, token))
-    return "".join(f"<<{_as_data(text)}>>" if fire else _as_data(text) for fire, text in runs)
+    return "".join(f"<<{as_data(text)}>>" if fire else as_data(text) for fire, text in runs)
 
 
-def _as_data(text: str) -> str:
+def as_data(text: str) -> str:
     """Corpus text that can neither end its line nor pass for a mark or a tag of ours."""
     text = text.replace("\n", "⏎").replace("<<", "< <").replace(">>", "> >").replace("</", "< /")
     return "".join(c if c.isprintable() else " " for c in text)
@@ -158,7 +162,7 @@ def _question(feature: FeatureRow, examples: Sequence[Example]) -> str:
 
 
 def _quoted(token: str) -> str:
-    return json.dumps(_as_data(token[:_LONG_TOKEN]), ensure_ascii=False)
+    return json.dumps(as_data(token[:_LONG_TOKEN]), ensure_ascii=False)
 
 
 def ask_again(messages: Sequence[Message], answer: str, problem: str) -> list[Message]:
@@ -173,7 +177,7 @@ def read_answer(text: str) -> Answer:
     Raises:
         BadAnswer: there is no complete JSON object with a label, or the label is longer than `LABEL_WORDS`.
     """
-    found = next((o for o in _objects(text[:_READ]) if _text(o.get("label"))), None)
+    found = next((o for o in objects(text[:_READ]) if _text(o.get("label"))), None)
     if found is None:
         raise BadAnswer('there is no complete JSON object with a "label" in it')
     label, kind = _text(found.get("label")), found.get("kind")
@@ -185,7 +189,7 @@ def read_answer(text: str) -> Answer:
     )  # fmt: skip
 
 
-def _objects(text: str) -> list[dict[str, Any]]:
+def objects(text: str) -> list[dict[str, Any]]:
     """The JSON objects in a text, outermost ones first."""
     decoder, found, at = json.JSONDecoder(), [], text.find("{")
     while at >= 0:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,18 +15,64 @@ ATTEMPTS = "attempts.jsonl"
 
 Status = Literal["written", "failed", "lexical", "dead"]
 
+_SCORE = pa.struct(
+    [
+        ("scorer", pa.string()), ("score", pa.float64()), ("low", pa.float64()), ("high", pa.float64()),
+        ("shuffled", pa.float64()), ("lexical", pa.float64()), ("margin_low", pa.float64()),
+        ("random", pa.float64()), ("nearest", pa.float64()), ("neighbor", pa.float64()),
+        ("levels", pa.list_(pa.float64())), ("failed", pa.float64()), ("n_firing", pa.int32()),
+        ("n_silent", pa.int32()), ("prompt_tokens", pa.int32()), ("completion_tokens", pa.int32()),
+    ]
+)  # fmt: skip
 SCHEMA = pa.schema(
     [
         ("feature", pa.int32()), ("label", pa.string()), ("description", pa.string()), ("kind", pa.string()),
         ("confidence", pa.float64()), ("status", pa.string()), ("lexical", pa.string()), ("model", pa.string()),
-        ("prompt_version", pa.string()), ("prompt_tokens", pa.int32()), ("completion_tokens", pa.int32()),
-        ("examples", pa.list_(pa.int32())), ("error", pa.string()),
+        ("prompt_version", pa.string()), ("seed", pa.int64()), ("prompt_tokens", pa.int32()),
+        ("completion_tokens", pa.int32()), ("dollars", pa.float64()), ("seconds", pa.float64()),
+        ("made_at", pa.string()), ("examples", pa.list_(pa.int32())), ("error", pa.string()),
+        ("scores", pa.list_(_SCORE)), ("shuffled_from", pa.int32()), ("beats_control", pa.bool_()),
     ]
 )  # fmt: skip
 
 
 class LabelError(MindAtlasError):
     """Labels that cannot be made or read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How well a label tells texts in which its feature fires from others. 0.5 is chance, 1 is all right."""
+
+    scorer: str
+    """`embedding`: AUC of the similarity of label and text. `detection`, `fuzzing`: balanced accuracy of a judge that
+    is asked which texts the label fits, or in which texts the right tokens are marked."""
+    score: float | None
+    """None where the judge answered nothing that can be read."""
+    low: float | None
+    """`low` to `high`: 95% interval, by bootstrap over the texts."""
+    high: float | None
+    shuffled: float | None
+    """What another feature's label gets on the same texts; None where there was no other."""
+    lexical: float | None
+    """What the lexical label gets on them."""
+    margin_low: float | None
+    """Lower end of the 95% interval of `score - shuffled`, texts drawn in pairs: above 0, the label beats chance."""
+    random: float | None
+    """The score with the silent texts of one stratum alone: drawn at random."""
+    nearest: float | None
+    """Those most similar to the texts in which the feature fires."""
+    neighbor: float | None
+    """Those in which a feature with a similar decoder row fires."""
+    levels: list[float | None]
+    """The score with the firing texts of each activation level alone, the lowest first."""
+    failed: float
+    """Share of the texts on which the judge gave no answer that can be read."""
+    n_firing: int
+    n_silent: int
+    prompt_tokens: int = 0
+    """Of the judge, for the label and both controls."""
+    completion_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +93,27 @@ class LabelRow:
     """The label writer's own, 0 to 1; None where it gave none."""
     model: str = ""
     prompt_version: str = ""
+    seed: int = 0
+    """Of the choice of the examples, and of the sampling."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    dollars: float | None = 0.0
+    """What the answers cost; None where the price is not known."""
+    seconds: float = 0.0
+    """Time until the answers were there, when they were bought."""
+    made_at: str = ""
+    """When the last answer was there: ISO 8601, UTC."""
     examples: tuple[int, ...] = ()
     """The examples shown to the label writer: indices into `Features.examples(feature)`."""
     error: str = ""
     """Why it failed."""
+    scores: tuple[Score, ...] = ()
+    """None where the label was not scored: it was not written, or there were too few texts to score it on."""
+    shuffled_from: int | None = None
+    """The feature whose label was the control."""
+    beats_control: bool | None = None
+    """Whether the label does better than the control: whether `margin_low` is above 0 in the first of detection,
+    fuzzing and embedding that was done. None where it was not scored."""
 
     @property
     def name(self) -> str:
@@ -87,5 +148,13 @@ class Labels:
         n = self._table.num_rows
         if not 0 <= feature < n:
             raise LabelError(f"there is no feature {feature}: this dictionary has features 0 to {n - 1}")
-        row = self._table.slice(feature, 1).to_pylist()[0]
-        return LabelRow(**row | {"examples": tuple(row["examples"])})
+        return _row(self._table.slice(feature, 1).to_pylist()[0])
+
+    def rows(self) -> list[LabelRow]:
+        """The rows of all features, in order."""
+        return [_row(values) for values in self._table.to_pylist()]
+
+
+def _row(values: dict[str, Any]) -> LabelRow:
+    scores = tuple(Score(**score) for score in values.get("scores") or ())
+    return LabelRow(**values | {"examples": tuple(values["examples"]), "scores": scores})

@@ -6,14 +6,18 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from pytest_httpserver import HTTPServer
+from werkzeug import Request, Response
 
 from assets.partitions import STUDIES
 from assets.resources import Workshop
 from pipelines.run import ASSETS
 from sae_core.artifacts import ArtifactStore
 from sae_core.checks import CHECKS
+from sae_core.features import Features
+from sae_core.labels import Labels
 
-STAGES = ["corpus", "activations", "dictionary", "features", "neighbors", "feature_map", "labels"]
+STAGES = ["corpus", "activations", "dictionary", "features", "neighbors", "feature_map", "labels", "atlas"]
 
 
 def slug(stage: str) -> str:
@@ -142,3 +146,97 @@ def test_the_safety_audit_is_made_on_demand_and_a_lost_concept_fails_its_check(r
     (kept,) = again.get_asset_check_evaluations()
     assert kept.passed == ("citation_surnames" in summary["names_found"])
     assert summary["n_lost"] == (0 if kept.passed else 1)
+
+
+@pytest.fixture
+def label_writer(httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """A server that writes labels: the `config` of a run that asks it, and the requests that it is to `fail`."""
+    monkeypatch.setenv("MIND_ATLAS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    monkeypatch.setattr("sae_core.labels.client.RETRIES", 0)
+    monkeypatch.setattr(dg.RetryPolicy, "calculate_delay", lambda self, attempt: 0.05)
+    server: dict[str, Any] = {"n": 0, "fail": range(0), "keys": set()}
+
+    def answer(request: Request) -> Response:
+        server["n"] += 1
+        server["keys"].add(request.headers["Authorization"])
+        if server["n"] in server["fail"]:
+            return Response("{}", 500)
+        message = {"role": "assistant", "content": json.dumps({"label": f"thing {server['n']}"})}
+        choice = {"index": 0, "finish_reason": "stop", "message": message}
+        body = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+        return Response(json.dumps(body), content_type="application/json")
+
+    httpserver.expect_request("/v1/chat/completions").respond_with_handler(answer)
+    server["config"] = {"base_url": httpserver.url_for("/v1"), "model": "m", "concurrency": 1}
+    return server
+
+
+def alive(root: Path) -> list[int]:
+    table = Features.open(ArtifactStore(root).get("features", slug("features")).folder).table()
+    return [row["feature"] for row in table.to_pylist() if not row["is_dead"]]
+
+
+def names(root: Path) -> dict[int, str]:
+    rows = Labels.open(ArtifactStore(root).get("labels", slug("labels")).folder).rows()
+    return {row.feature: row.label for row in rows if row.status == "written"}
+
+
+def test_chosen_features_are_labeled_beside_the_others_and_stay_so(root: Path, label_writer: dict[str, Any]):
+    config = label_writer["config"] | {"features": 3}
+    told(materialize("labels", root, **config), "labels")
+    manifest, before = ArtifactStore(root).get("labels", slug("labels")).manifest, names(root)
+    assert len(before) == 3
+    chosen = [feature for feature in alive(root) if feature not in before][:2]
+    assert told(materialize("labels", root, **config, only=chosen), "labels")["n_labeled"] == 5
+    after = names(root)
+    assert after.keys() == before.keys() | set(chosen)
+    assert before.items() <= after.items()
+    now = ArtifactStore(root).get("labels", slug("labels")).manifest
+    assert (now.fingerprint, now.settings) == (manifest.fingerprint, manifest.settings)
+    assert now.folder != manifest.folder
+    assert told(materialize("labels", root, **config), "labels")["cached"] is True
+    assert names(root) == after
+
+
+def test_chosen_features_of_labels_that_are_not_up_to_date_are_refused(root: Path, label_writer: dict[str, Any]):
+    told(materialize("labels", root), "labels")
+    result = materialize("labels", root, **label_writer["config"], only=alive(root)[:1])
+    failure = str(result.get_step_failure_events()[0].event_specific_data)
+    assert "is not up to date (base_url: made with" in failure
+    assert "mind-atlas run" in failure
+    assert label_writer["n"] == 0
+
+
+def test_labels_of_a_server_that_stops_midway_are_tried_again_and_nothing_is_bought_twice(
+    root: Path, label_writer: dict[str, Any]
+):
+    label_writer["fail"] = range(4, 9)
+    result = materialize("labels", root, **label_writer["config"], features=10)
+    assert told(result, "labels")["n_labeled"] == 10
+    assert [event.event_type_value for event in result.all_events].count("STEP_UP_FOR_RETRY") == 1
+    assert label_writer["n"] == 10 + 5
+
+
+def test_a_server_that_never_answers_is_not_asked_again(root: Path, label_writer: dict[str, Any]):
+    label_writer["fail"] = range(1, 100)
+    result = materialize("labels", root, **label_writer["config"], features=11)
+    assert not result.success
+    assert label_writer["n"] == 5
+
+
+def test_the_key_may_come_from_dagster_and_is_written_nowhere(
+    root: Path, label_writer: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setenv("TEAM_KEY", "sk-very-secret")
+    with dg.instance_for_test(temp_dir=str(tmp_path)) as instance:
+        result = dg.materialize(
+            ASSETS, selection=["labels"], partition_key=slug("labels"), instance=instance,
+            resources={"workshop": Workshop(root=str(root), device="cpu", api_key=dg.EnvVar("TEAM_KEY"))},
+            run_config={"ops": {"labels": {"config": label_writer["config"] | {"features": 2}}}},
+        )  # fmt: skip
+        assert label_writer["keys"] == {"Bearer sk-very-secret"}
+        assert told(result, "labels")["dollars"].startswith("unknown")
+        written = [file for folder in (root, tmp_path) for file in folder.rglob("*") if file.is_file()]
+        assert any(file.name == "attempts.jsonl" for file in written)
+        assert not [file for file in written if b"very-secret" in file.read_bytes()]

@@ -7,12 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
+from pytest_httpserver import HTTPServer
 
 from sae_core.artifacts import PROJECT
+from sae_core.stages import VERSIONS
 
+NOTHING_MORE: Mapping[str, str] = MappingProxyType({})
 MIND_ATLAS = Path(sys.executable).with_name("mind-atlas")
 
 
@@ -23,8 +29,10 @@ def surroundings(home: Path) -> dict[str, str]:
     return os.environ | {"MIND_ATLAS_HOME": str(home), "DAGSTER_HOME": str(home / "dagster")}
 
 
-def run(*arguments: str, home: Path, cwd: Path | None = None, check: bool = False) -> subprocess.CompletedProcess[str]:
-    environment = surroundings(home)
+def run(
+    *arguments: str, home: Path, cwd: Path | None = None, check: bool = False, more: Mapping[str, str] = NOTHING_MORE
+) -> subprocess.CompletedProcess[str]:
+    environment = surroundings(home) | dict(more)
     cwd = cwd or home  # where .dagster goes
     command = [str(MIND_ATLAS), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=300, check=False)
@@ -53,7 +61,7 @@ def test_a_second_run_does_no_work_and_says_so(home: Path):
 def test_a_study_given_by_path_is_known_by_name_afterwards(home: Path, tiny_study: Path):
     assert (home / "studies" / "tiny.toml").resolve() == tiny_study.resolve()
     rows = json.loads(run("status", "tiny", "--json", home=home, check=True).stdout)
-    assert [row["state"] for row in rows] == ["made"] * 7
+    assert [row["state"] for row in rows] == ["made"] * len(VERSIONS)
 
 
 def test_status_says_what_is_stale_and_why(home: Path, tiny_study: Path):
@@ -65,7 +73,7 @@ def test_status_says_what_is_stale_and_why(home: Path, tiny_study: Path):
         tiny_study.write_text(old, "utf-8")
     why = {row["stage"]: row["why"] for row in rows if row["state"] == "stale"}
     assert why["dictionary"] == "lr: made with null, now 0.01"
-    assert why.keys() == {"dictionary", "features", "neighbors", "feature_map", "labels"}
+    assert why.keys() == {"dictionary", "features", "neighbors", "feature_map", "labels", "atlas"}
 
 
 def test_features_are_found_shown_and_explained(home: Path):
@@ -89,6 +97,35 @@ def test_steering_changes_the_answer_and_the_same_seed_repeats_it(home: Path):
     assert answers["default"] != answers["steered"]
     assert answers["prompt"] == "Hello :smile: " * 20  # neither folded nor drawn
     assert json.loads(run(*command, home=home, check=True).stdout) == answers
+
+
+def test_chosen_features_are_labeled_after_a_look_at_the_cost(
+    home: Path, tiny_study: Path, tmp_path: Path, httpserver: HTTPServer
+):
+    message = {"role": "assistant", "content": '{"label": "a thing"}'}
+    choice = {"index": 0, "finish_reason": "stop", "message": message}
+    body = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+    httpserver.expect_request("/v1/chat/completions").respond_with_json(body)
+    own = tmp_path / "own"
+    shutil.copytree(home, own, symlinks=True)
+    study = tiny_study.parent.parent / "asked" / "tiny.toml"  # beside, as its paths are seen from its folder
+    study.parent.mkdir()
+    labels = f'base_url = "{httpserver.url_for("/v1")}"\nmodel = "m"\nfeatures = 2'
+    study.write_text(tiny_study.read_text("utf-8").replace("features = 0", labels), "utf-8")
+    (own / "studies" / "tiny.toml").unlink()
+    (own / "studies" / "tiny.toml").symlink_to(study)
+    environment = {"NO_PROXY": "127.0.0.1", "MIND_ATLAS_CACHE": str(tmp_path / "cache")}
+    command = partial(run, home=own, check=True, more=environment)
+    estimate = json.loads(command("label", "--dry-run", "--json").stdout)
+    assert (estimate["requests"], estimate["dollars"]) == (2, None)
+    assert len(httpserver.log) == 0
+    command("run", "tiny")
+    hits = json.loads(command("features", "the", "--limit", "20", "--json").stdout)
+    number = next(hit["feature"] for hit in hits if hit["label"] != "a thing")
+    assert "a thing" in command("label", "--feature", str(number)).stdout
+    assert len(httpserver.log) == 3
+    assert command("run", "tiny").stderr.count(": cached") == 7
+    assert json.loads(command("feature", str(number), "--json").stdout)["name"] == "a thing"
 
 
 def test_a_dictionary_is_exported_and_made_again_from_the_export(home: Path, tiny_study: Path, tmp_path: Path):
@@ -125,6 +162,8 @@ def test_dictionaries_are_listed_and_pictured(home: Path, tmp_path: Path):
         (("steer", "--feature", "1=ten", "Hi"), "write NUMBER=STRENGTH"),
         (("steer", "--feature", "99999=1", "Hi"), "99999"),
         (("features", " "), "no word to search for"),
+        (("label",), "say which: --feature N"),
+        (("label", "--dry-run", "--feature", "99999"), "no feature 99999"),
     ],
 )
 def test_bad_input_is_one_line_and_a_status(home: Path, arguments: tuple[str, ...], message: str):
@@ -185,6 +224,21 @@ def test_ctrl_c_stops_in_one_line_and_the_next_run_goes_on(tiny_study: Path, tmp
     assert "corpus       tiny: cached" in done.stderr
 
 
+def test_a_damaged_file_is_found_named_removed_and_made_again(home: Path, tmp_path: Path):
+    copy = shutil.copytree(home, tmp_path / "home")
+    (shard,) = copy.glob("activations/*/*/train-00000.safetensors")
+    calm = shard.read_bytes()
+    shard.write_bytes(calm[:-7] + bytes([calm[-7] ^ 4]) + calm[-6:])
+    found = run("verify", "--study", "tiny", "--repair", "--json", home=copy)
+    assert found.returncode == 1
+    damaged = {v["artifact"].partition("/")[0]: v["damage"] for v in json.loads(found.stdout) if v["damage"]}
+    assert damaged == {"activations": {shard.name: f"{shard.name} has other content than was written"}}
+    assert "1 damaged files: removed" in found.stderr
+    assert run("run", "tiny", "--workers", "1", home=copy, check=True).stderr.count(": cached") == 6
+    assert shard.read_bytes() == calm
+    assert "as they were made" in run("verify", home=copy, check=True).stdout
+
+
 def test_a_relative_home_means_one_folder(tiny_study: Path, tmp_path: Path):
     environment = os.environ | {"MIND_ATLAS_HOME": "here"}
     command = [str(MIND_ATLAS), "status", str(tiny_study), "--json"]
@@ -201,7 +255,18 @@ def test_without_an_atlas_one_is_told_how_to_make_it(tmp_path: Path):
 
 def test_help_lists_the_commands():
     done = subprocess.run([str(MIND_ATLAS), "--help"], capture_output=True, text=True, check=True)
-    for command in ("run", "status", "dictionaries", "features", "feature", "explain", "steer", "export", "ui"):
+    for command in (
+        "run",
+        "status",
+        "dictionaries",
+        "features",
+        "feature",
+        "explain",
+        "steer",
+        "export",
+        "verify",
+        "ui",
+    ):
         assert f"  {command} " in done.stdout
 
 

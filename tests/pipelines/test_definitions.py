@@ -3,13 +3,17 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from pytest_httpserver import HTTPServer
+from werkzeug import Response
 
 from assets.partitions import STUDIES
 from assets.resources import Workshop
 from pipelines.definitions import build_defs, defs
 from pipelines.run import bring_up_to_date, plan
+from pipelines.schedules import SCHEDULES
 from sae_core import training
 from sae_core.artifacts import ArtifactStore
+from sae_core.notify import notify
 from sae_core.stages import ON_DEMAND, VERSIONS
 from sae_core.studies import Studies
 
@@ -39,6 +43,7 @@ def test_lineage_runs_from_the_corpus_to_the_labels():
     assert parents["features"] == {"dictionary", "activations", "corpus"}
     assert parents["labels"] == {"features"}
     assert parents["neighbors"] == parents["feature_map"] == {"dictionary"}
+    assert parents["atlas"] == set(VERSIONS) - {"atlas"}
     assert parents["safety"] == parents["multilingual"] == {"features"}
 
 
@@ -73,11 +78,17 @@ def test_fresh_definitions_take_a_workshop_of_their_own(tmp_path: Path):
     assert own.resources["workshop"].root == str(tmp_path)
 
 
-def test_the_weekly_schedule_asks_for_one_retraining():
-    schedule = defs.resolve_schedule_def("weekly_retraining")
-    tick = schedule.evaluate_tick(dg.build_schedule_context())
-    assert [request.run_key for request in tick.run_requests] == [None]
-    assert schedule.job_name == "retrain"
+def test_every_study_has_a_schedule_of_its_own_that_passes_over_what_was_never_made(workshop: Workshop):
+    assert {s.cron_schedule for s in SCHEDULES} == {"0 3 * * 1"}
+    assert len(SCHEDULES) == len(STUDIES.by_name)
+    schedule = defs.resolve_schedule_def("retrain_tiny")
+    assert schedule.job_name == "build_atlas"
+    context = dg.build_schedule_context(resources={"workshop": workshop})
+    assert "never made" in schedule.evaluate_tick(context).skip_message
+    with dg.DagsterInstance.ephemeral() as instance:
+        list(bring_up_to_date(STUDIES.get("tiny"), workshop, instance, until="dictionary"))
+    (request,) = schedule.evaluate_tick(context).run_requests
+    assert request.run_config == {"ops": {"study_up_to_date": {"config": {"study": "tiny"}}}}
 
 
 @pytest.fixture
@@ -125,7 +136,7 @@ def test_one_changed_setting_remakes_what_follows_and_nothing_else(workshop: Wor
         list(bring_up_to_date(study, workshop, instance))
         changed = study.model_copy(update={"features": study.features.model_copy(update={"top_examples": 3})})
         states = {step.recipe.stage: step.status for step in plan(changed, workshop.store)}
-        assert {stage for stage, status in states.items() if status.state == "stale"} == {"features", "labels"}
+        assert {stage for stage, status in states.items() if status.state == "stale"} == {"features", "labels", "atlas"}
         assert states["features"].why == "top_examples: made with 12, now 3"
         assert states["labels"].why == "features changes"
 
@@ -140,7 +151,7 @@ def test_a_changed_study_file_is_followed_stage_by_stage(workshop: Workshop, mon
         monkeypatch.setattr("assets.resources.STUDIES", Studies([changed]))
         list(bring_up_to_date(changed, workshop, instance))
     after = {key: workshop.store.get(m.stage, m.slug).manifest for key, m in before.items()}
-    assert [m.stage for key, m in after.items() if m != before[key]] == ["neighbors"]
+    assert [m.stage for key, m in after.items() if m != before[key]] == ["neighbors", "atlas"]
 
 
 def test_a_study_that_cannot_be_made_is_refused_before_its_shared_corpus_is_made(
@@ -167,10 +178,8 @@ def test_a_study_that_cannot_be_made_is_refused_before_its_shared_corpus_is_made
         assert workshop.store.slugs("activations") == []
 
 
-def test_the_corpus_sensor_asks_once_for_each_change_of_a_built_corpus(
-    workshop: Workshop, text_folder: Path, tmp_path: Path
-):
-    sensor = defs.resolve_sensor_def("corpus_files")
+def test_the_sensor_asks_once_for_each_change_of_a_built_study(workshop: Workshop, text_folder: Path):
+    sensor = defs.resolve_sensor_def("changes")
     with dg.DagsterInstance.ephemeral() as instance:
 
         def tick():
@@ -180,16 +189,46 @@ def test_the_corpus_sensor_asks_once_for_each_change_of_a_built_corpus(
         assert not tick().run_requests  # nothing is built yet
         list(bring_up_to_date(STUDIES.get("tiny"), workshop, instance))
         assert not tick().run_requests
-        assert re.search("no built corpus has changed", tick().skip_message)
+        assert re.search("nothing .* has changed", tick().skip_message)
         new = text_folder / "new.txt"
         new.write_text("A new document of some length, about nothing much at all.\n" * 3, "utf-8")
         try:
             (first,), (second,) = tick().run_requests, tick().run_requests
             assert first.run_key == second.run_key  # Dagster runs a key once
-            assert first.tags["mind_atlas/changed"] == "tiny"
+            assert first.tags["mind_atlas/changed"].startswith("corpus: sources: made with")
+            assert first.run_config == {"ops": {"study_up_to_date": {"config": {"study": "tiny"}}}}
         finally:
             new.unlink()
         assert not tick().run_requests
+
+
+def test_a_webhook_is_told_how_a_whole_run_ended(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, httpserver: HTTPServer
+):
+    told: list[dict[str, str]] = []
+    httpserver.expect_request("/hook", method="POST").respond_with_handler(
+        lambda request: (told.append(request.get_json()), Response(status=204))[1]
+    )
+    monkeypatch.setenv("MIND_ATLAS_WEBHOOK", httpserver.url_for("/hook"))
+    own = build_defs(workshop)
+    with dg.DagsterInstance.ephemeral() as instance:
+        config = {"ops": {"study_up_to_date": {"config": {"study": "no-such-study"}}}}
+        job = own.resolve_job_def("build_atlas")
+        result = job.execute_in_process(instance=instance, run_config=config, raise_on_error=False)
+        context = dg.build_run_status_sensor_context(
+            "tell_failure", result.get_run_failure_event(), instance, result.dagster_run
+        ).for_run_failure()
+        own.resolve_sensor_def("tell_failure")(context)
+        assert own.resolve_job_def("retrain").execute_in_process(instance=instance).success
+    assert "build_atlas failed" in told[0]["text"]
+    assert told[0]["run_id"] == result.run_id
+
+
+def test_a_webhook_that_does_not_answer_stops_nobody(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MIND_ATLAS_WEBHOOK", "http://127.0.0.1:9/hook")
+    assert notify("something", "1") is False
+    monkeypatch.setenv("MIND_ATLAS_WEBHOOK", "file:///etc/passwd")
+    assert notify("something", "1") is False
 
 
 def test_the_retrain_job_follows_the_plan_of_built_studies(workshop: Workshop):

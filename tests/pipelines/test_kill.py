@@ -10,12 +10,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
 from sae_core.artifacts import PROJECT, ArtifactStore
-from sae_core.labels.reader import ATTEMPTS
+from sae_core.labels.reader import ATTEMPTS, LABELS
 from sae_core.stages import VERSIONS
 
 DRIVER = """
@@ -55,12 +56,18 @@ def run(home: Path, kill_in: str = "nothing") -> int:
 
 
 def content(home: Path) -> dict[str, Any]:
-    """Checksum of every file of every artifact; of the record of attempts, what it says but for times and repeats."""
+    """Checksum of every file of every artifact; of labels and attempts, what they say but for times and repeats."""
     store = ArtifactStore(home)
     found = [store.get(stage, slug) for stage in VERSIONS for slug in store.slugs(stage)]
     files = {f"{made.manifest.key}/{name}": sums for made in found for name, sums in made.manifest.files.items()}
-    timeless = {json.dumps(a | {"seconds": 0, "cached": False}, sort_keys=True) for a in attempts(home)}
-    return {name: timeless if name.endswith(ATTEMPTS) else sums for name, sums in files.items()}
+    told = [a | {"cached": False} for a in attempts(home)]
+    (labels,) = home.glob(f"labels/*/*/{LABELS}")
+    timeless = {ATTEMPTS: _timeless(told), LABELS: _timeless(pq.read_table(labels).to_pylist())}
+    return {name: timeless.get(name.rpartition("/")[2], sums) for name, sums in files.items()}
+
+
+def _timeless(rows: list[dict[str, Any]]) -> set[str]:
+    return {json.dumps(row | {"seconds": 0, "made_at": ""}, sort_keys=True) for row in rows}
 
 
 def attempts(home: Path) -> list[dict[str, Any]]:

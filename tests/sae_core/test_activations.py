@@ -1,3 +1,5 @@
+import copy
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +13,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from sae_core.activations import ActivationError, Activations, Pair, harvest, shards
 from sae_core.artifacts import ArtifactError
 from sae_core.corpus import Corpus
+from sae_core.corpus.packing import Packer
 from sae_core.errors import MindAtlasError
 from sae_core.language_model import LanguageModel, ModelError
 from sae_core.study import ActivationSettings, ModelSettings
@@ -149,7 +156,7 @@ from pathlib import Path
 from sae_core.activations import harvest
 from sae_core.study import ActivationSettings, ModelSettings
 
-def die(done, total, unit):
+def die(done, total, unit, **values):
     if done >= int(sys.argv[5]):
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -183,7 +190,7 @@ def test_a_killed_harvest_goes_on_and_ends_byte_equal(
 def test_an_interrupted_harvest_goes_on_and_ends_byte_equal(
     model: ModelSettings, corpus: Path, made: Path, tmp_path: Path, after: int
 ) -> None:
-    def interrupt(done: int, *_: object) -> None:
+    def interrupt(done: int, *_: object, **__: float) -> None:
         if done >= after:
             raise KeyboardInterrupt
 
@@ -206,6 +213,117 @@ def test_values_that_are_not_finite_are_refused_and_not_written(
     with pytest.raises(ActivationError, match=r"train-00000.safetensors: NaN or infinity .* train blocks \d+"):
         harvest(SITE, model, corpus, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("packing", ["documents", "concat"])
+def test_the_packing_says_what_a_token_attends_to(
+    model: ModelSettings, corpus: Path, made: Path, tmp_path: Path, packing: str
+) -> None:
+    harvest(SITE.model_copy(update={"packing": packing}), model, corpus, tmp_path)
+    lm, blocks = LanguageModel.load(model, precision="float32"), Corpus.open(corpus).train
+    shard = next(Activations.open(tmp_path).shards())
+    whole = lm.capture("resid_post", 1, torch.tensor(blocks.token_ids))
+    run_on = whole[shard.block.long(), shard.offset.long()]
+    if packing == "concat":
+        torch.testing.assert_close(shard.acts, run_on)
+    else:
+        assert contents(tmp_path) == contents(made)
+        first = torch.tensor(blocks.documents)[shard.block.long(), shard.offset.long()]
+        later = first != torch.tensor(blocks.documents)[shard.block.long(), 0]
+        assert not torch.isclose(shard.acts[later], run_on[later]).all(dim=1).any()
+
+
+def test_a_special_token_is_left_out_and_counted_also_when_its_id_is_0(
+    tiny_model: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """Beginning, end and padding share the id 0, as in Pythia; the model expects each text to begin with it."""
+    folder = shutil.copytree(tiny_model, tmp_path / "zero")
+    names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>")
+    tokenizer = AutoTokenizer.from_pretrained(folder, **names)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    tokenizer.save_pretrained(folder)
+    assert (tokenizer.bos_token_id, tokenizer("a").input_ids[0]) == (0, 0)
+    packer = Packer(LENGTH, bos=0)
+    for number in range(30):
+        packer.add(number, [0, *range(3 + number, 3 + number + 20)])
+    blocks = packer.blocks()
+    (text := tmp_path / "text").mkdir()
+    for split in ("train", "held_out"):
+        save_file(blocks._asdict(), text / f"{split}.safetensors")
+    left_out = (blocks.token_ids == 0) & (blocks.documents >= 0)
+    model, kept = ModelSettings(source=str(folder)), {}
+    for setting in ("leave_out", "keep"):
+        (out := tmp_path / setting).mkdir()
+        summary = harvest(SITE.model_copy(update={"special_tokens": setting, "sink_norm": 1e6}), model, text, out)
+        kept[setting] = [s.token[~s.is_sink] for s in Activations.open(out).shards()]
+        wanted = 2 * left_out.sum() if setting == "leave_out" else 0
+        assert (summary["specials"], summary["sinks"]) == (wanted, 0)
+        assert summary["special_share"] == wanted / summary["tokens"]
+    assert not (torch.cat(kept["leave_out"]) == 0).any()
+    assert (torch.cat(kept["keep"]) == 0).sum() == left_out.sum() > 30  # repeated where a document goes on
+    assert len(torch.cat(kept["leave_out"])) == (blocks.documents >= 0).sum() - left_out.sum()
+
+
+def test_a_token_of_text_is_no_padding_though_it_has_the_id_of_padding(lm: LanguageModel) -> None:
+    odd = copy.copy(lm)
+    odd.tokenizer = copy.deepcopy(lm.tokenizer)
+    odd.tokenizer.pad_token_id = 7
+    ids = torch.tensor([7, 2, 9, 7])
+    assert odd.is_special(ids, torch.arange(4)).tolist() == [False, True, False, False]
+
+
+def test_the_first_tokens_of_what_is_attended_to_are_left_out_where_one_asks_for_it(
+    model: ModelSettings, corpus: Path, tmp_path: Path
+) -> None:
+    documents = Corpus.open(corpus).train.documents
+    starts = np.diff(documents, axis=1, prepend=-2) != 0
+    for packing, first in (("documents", starts), ("concat", np.arange(LENGTH)[None].repeat(len(documents), 0) == 0)):
+        (out := tmp_path / packing).mkdir()
+        changed = {"packing": packing, "sink_positions": 1, "sink_norm": 1e6}
+        summary = harvest(SITE.model_copy(update=changed), model, corpus, out)
+        for shard in Activations.open(out).shards():
+            assert torch.equal(shard.is_sink, torch.tensor(first)[shard.block.long(), shard.offset.long()])
+        assert summary["sinks"] > 0 == summary["specials"]
+
+
+def test_what_half_floats_cannot_hold_is_refused_with_the_cure(tiny_model: Path, corpus: Path, tmp_path: Path) -> None:
+    half = SITE.model_copy(update={"precision": "float16"})
+    (fine := tmp_path / "fine").mkdir()
+    harvest(half, ModelSettings(source=str(tiny_model)), corpus, fine)
+    assert next(Activations.open(fine).shards()).acts.dtype == torch.float16
+    folder = shutil.copytree(tiny_model, tmp_path / "loud")
+    weights = load_torch(folder / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"] *= 1e6
+    save_torch(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (out := tmp_path / "out").mkdir()
+    with pytest.raises(ActivationError, match=r'infinity .* set activations.precision = "bfloat16" or "float32"'):
+        harvest(half, ModelSettings(source=str(folder)), corpus, out)
+    assert not list(out.iterdir())
+
+
+def test_batches_are_halved_until_they_fit_into_memory(
+    model: ModelSettings, corpus: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture, most, asked = LanguageModel.capture, 3, []
+
+    def limited(self: LanguageModel, hook: str, layer: int, ids: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+        asked.append(len(ids))
+        if len(ids) > most:
+            raise torch.cuda.OutOfMemoryError
+        return capture(self, hook, layer, ids, documents)
+
+    monkeypatch.setattr(LanguageModel, "capture", limited)
+    harvest(SITE, model, corpus, tmp_path)
+    assert asked[:6] == [8, 4, 2, 2, 2, 2]
+    for ours, theirs in zip(Activations.open(tmp_path).shards(), Activations.open(made).shards(), strict=True):
+        torch.testing.assert_close(ours.acts, theirs.acts)
+        assert torch.equal(ours.token, theirs.token)
+    most = 0
+    (out := tmp_path / "out").mkdir()
+    with pytest.raises(ActivationError, match=f"a block of {LENGTH} tokens does not fit into the GPU's memory"):
+        harvest(SITE, model, corpus, out)
 
 
 def test_bad_input_is_refused_before_the_work_starts(

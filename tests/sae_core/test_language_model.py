@@ -22,7 +22,7 @@ from transformers import (
 
 from sae_core.display import display_strings
 from sae_core.errors import MindAtlasError
-from sae_core.language_model import LanguageModel, ModelError, _positions, _whole_characters, load_tokenizer
+from sae_core.language_model import LanguageModel, ModelError, _whole_characters, load_tokenizer, places
 from sae_core.pretrained import _compact, _dequantized
 from sae_core.progress import silent
 from sae_core.study import ModelSettings
@@ -93,7 +93,7 @@ def test_positions_count_from_zero_in_each_segment(segments: list[int]) -> None:
     expected = [0]
     for before, after in itertools.pairwise(segments):
         expected.append(expected[-1] + 1 if before == after else 0)
-    assert _positions(torch.tensor([segments]))[0].tolist() == expected
+    assert places(torch.tensor([segments]))[0].tolist() == expected
 
 
 @pytest.mark.parametrize("hook", ["resid_pre", "resid_post", "mlp_in", "mlp_out", "attn_out"])

@@ -131,3 +131,13 @@ def test_numbers_equal_those_of_a_loop_over_predictions(model: LanguageModel, mo
     assert spliced.ce_spliced == pytest.approx(ce_edited, rel=1e-4)
     assert spliced.kl == pytest.approx(kl, rel=1e-3)
     assert spliced.ce_mean_ablated == pytest.approx(spliced.ce_zero_ablated)  # the mean given here is zero
+
+
+def test_where_attention_ran_over_documents_it_does_so_in_the_spliced_model(model: LanguageModel) -> None:
+    """The same predictions are counted; each sees all of its block."""
+    whole = log_softmax(model.logits(TOKENS), -1)
+    counted = (~IS_SINK & (DOCUMENTS >= 0))[:, :-1] & (DOCUMENTS[:, 1:] == DOCUMENTS[:, :-1])
+    ce = -whole[:, :-1].gather(-1, TOKENS[:, 1:, None].long())[..., 0][counted].mean()
+    arguments = (model, "resid_post", 1, mirror(32), torch.zeros(32), TOKENS, DOCUMENTS, IS_SINK)
+    assert splice(*arguments, packing="concat").ce_clean == pytest.approx(float(ce), rel=1e-5)
+    assert splice(*arguments).ce_clean != pytest.approx(float(ce), rel=1e-3)

@@ -18,6 +18,7 @@ from sae_core.corpus import Corpus
 from sae_core.dictionary import Dictionary
 from sae_core.features import Features, build, build_features
 from sae_core.features.examples import draw
+from sae_core.features.windows import sample_windows
 from sae_core.language_model import LanguageModel
 from sae_core.study import FeatureSettings
 
@@ -287,3 +288,30 @@ def test_a_feature_that_is_not_there_is_refused_with_the_range(made: SimpleNames
 def test_reading_features_loads_no_torch() -> None:
     code = "import sys; from sae_core.features import Features; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_sample_holds_whole_windows_of_one_document_and_every_firing_in_them(made, firings, world):
+    blocks = Corpus.open(world.corpus).train
+    sampled = sample_windows(blocks, SETTINGS)
+    sample = made.features.sample()
+    assert len(sample.tokens) == len(sampled.block) == len(set(sampled.block.tolist())) > 20
+    documents = np.asarray(blocks.documents)
+    for i, (block, start, stop) in enumerate(zip(*map(np.ndarray.tolist, sampled), strict=True)):
+        assert set(documents[block, start:stop].tolist()) == {sample.documents[i]}
+        assert len(sample.tokens[i]) == stop - start <= SETTINGS.context_tokens
+    places = {block: (i, start, stop) for i, (block, start, stop) in enumerate(zip(*sampled, strict=True))}
+    for feature in range(24):
+        wanted: dict[int, list[float]] = {}
+        for firing in firings.get(feature, []):
+            i, start, stop = places.get(firing.block, (0, 0, 0))
+            if start <= firing.offset < stop:
+                wanted.setdefault(i, [0.0] * (stop - start))[firing.offset - start] = firing.value
+        found = sample.acts(feature)
+        assert found.keys() == wanted.keys()
+        assert all(found[i] == pytest.approx(wanted[i], rel=1e-5) for i in wanted)
+
+
+def test_a_smaller_sample_is_part_of_a_larger_one(world):
+    blocks = Corpus.open(world.corpus).train
+    small, large = (sample_windows(blocks, SETTINGS.model_copy(update={"windows": n})) for n in (5, 1000))
+    assert set(small.block.tolist()) < set(large.block.tolist())

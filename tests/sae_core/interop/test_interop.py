@@ -149,7 +149,7 @@ def test_unknown_formats_are_refused_with_the_known_ones(tmp_path: Path) -> None
 
 def test_nothing_is_written_over_anything(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(InteropError, match=r"holds mine.txt already: name a new or an empty folder"):
+    with pytest.raises(ArtifactError, match=r"holds mine.txt already: name a new or an empty folder"):
         interop.write(dictionary(), tmp_path, "saelens")
     with pytest.raises(ArtifactError, match="cannot write to"):
         interop.write(dictionary(), tmp_path / "mine.txt", "saelens")
@@ -199,7 +199,7 @@ def test_a_file_that_was_cut_short_is_refused(format_: str, cut: int, tmp_path: 
 
 def test_the_command_line_knows_every_format() -> None:
     choice: Any = next(parameter for parameter in export.params if parameter.name == "format_").type
-    assert tuple(choice.choices) == tuple(FORMATS)
+    assert tuple(choice.choices) == (*FORMATS, "neuronpedia", "site")  # a dictionary's, and an atlas's
 
 
 def test_the_dense_and_the_sparse_encoding_of_ranks_agree(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,8 +106,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("OPENAI_API_KEY", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MIND_ATLAS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.02)
+    monkeypatch.setattr("sae_core.labels.pace.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("sae_core.labels.pace.LONGEST_PAUSE", 0.02)
     return tmp_path / "cache"
 
 

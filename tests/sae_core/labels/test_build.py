@@ -4,14 +4,16 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
+from sae_core.artifacts import ArtifactError
 from sae_core.downloads import CatalogError
 from sae_core.labels import Labels, build_labels
 from sae_core.labels.build import choose_features
-from sae_core.labels.client import EndpointError
+from sae_core.labels.client import CompletionCache, EndpointError
 from sae_core.labels.reader import LabelError
 from sae_core.study import LabelSettings
 
@@ -21,7 +23,7 @@ from pathlib import Path
 from sae_core.labels import build_labels
 from sae_core.study import LabelSettings
 settings, features, folder = sys.argv[1:]
-build_labels(LabelSettings.model_validate_json(settings), Path(features), Path(folder), concurrency=1)
+build_labels(LabelSettings.model_validate_json(settings), Path(features), Path(folder))
 """
 
 
@@ -30,9 +32,9 @@ def settings(endpoint) -> LabelSettings:
     return LabelSettings(model="m", base_url=endpoint.url, features=5)
 
 
-def build(settings, features, folder, **options):
+def build(settings, features, folder, concurrency=8, **options):
     folder.mkdir(exist_ok=True)
-    return build_labels(settings, features, folder, **options)
+    return build_labels(settings.model_copy(update={"concurrency": concurrency}), features, folder, **options)
 
 
 def attempts(folder) -> list[dict]:
@@ -109,7 +111,7 @@ def test_a_wrong_key_stops_at_once_and_marks_nothing(endpoint, settings, make_fe
 def test_a_server_that_dies_midway_stops_the_run_and_keeps_what_it_answered(
     endpoint, settings, make_features, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("sae_core.labels.endpoint._RETRIES", 0)
+    monkeypatch.setattr("sae_core.labels.client.RETRIES", 0)
     settings = settings.model_copy(update={"features": 40})
     features = make_features(40, dead=())
     endpoint.script = [named_by_prompt] * 7
@@ -148,7 +150,7 @@ def test_a_killed_run_goes_on_without_repeating_a_call(endpoint, settings, make_
             time.sleep(30)
         named_by_prompt(handler, body)
 
-    settings = settings.model_copy(update={"features": 12})
+    settings = settings.model_copy(update={"features": 12, "concurrency": 1})
     features, out = make_features(12, dead=()), tmp_path / "out"
     out.mkdir()
     endpoint.behavior = slow
@@ -217,3 +219,141 @@ def test_a_feature_that_does_not_exist_is_refused(settings, make_features, tmp_p
         Labels.open(tmp_path / "out").label(8)
     with pytest.raises(LabelError, match="missing"):
         Labels.open(tmp_path / "nowhere")
+
+
+def test_a_budget_stops_the_run_and_keeps_what_it_bought(endpoint, settings, make_features, tmp_path):
+    endpoint.behavior = named_by_prompt
+    features = make_features(12, dead=())
+    settings = settings.model_copy(update={"features": 12, "max_requests": 7})
+    summary = build(settings, features, tmp_path / "out", concurrency=3)
+    assert (summary["n_labeled"], summary["n_failed"], summary["n_lexical"]) == (7, 0, 5)
+    assert "labels.max_requests = 7" in summary["stopped"]
+    assert (summary["spent"], summary["labeled"]) == (1.0, 7 / 12)
+    assert len(endpoint.requests) == 7
+    more = build(settings.model_copy(update={"max_requests": 20}), features, tmp_path / "more")
+    assert (more["n_labeled"], more["stopped"]) == (12, "")
+    assert len(endpoint.requests) == 12
+
+
+def test_dollars_are_counted_row_by_row_and_never_overrun(endpoint, settings, make_features, tmp_path):
+    endpoint.script = [lambda h, b: h.answer("prose")]
+    settings = settings.model_copy(update={"prompt_price": 10.0, "completion_price": 50.0, "max_dollars": 0.06})
+    summary = build(settings.model_copy(update={"features": 30}), make_features(30, dead=()), tmp_path / "out", 4)
+    rows = Labels.open(tmp_path / "out").rows()
+    each = (100 * 10 + 20 * 50) / 1e6
+    assert sorted({round(row.dollars / each) for row in rows}) == [0, 1, 2]
+    assert summary["dollars"] == pytest.approx(each * len(endpoint.requests))
+    assert each < summary["dollars"] <= 0.06
+    assert "labels.max_dollars" in summary["stopped"]
+    assert sum(a["dollars"] for a in attempts(tmp_path / "out")) == pytest.approx(summary["dollars"])
+
+
+def test_without_a_price_dollars_are_unknown(settings, make_features, tmp_path):
+    assert build(settings, make_features(), tmp_path / "out")["dollars"] is None
+    labels = Labels.open(tmp_path / "out")
+    assert (labels.label(0).dollars, labels.label(7).dollars) == (None, 0.0)
+
+
+def test_a_run_killed_and_gone_on_with_spends_no_more_than_its_budget(endpoint, settings, make_features, tmp_path):
+    features = make_features(12, dead=())
+    settings = settings.model_copy(update={"features": 12, "max_requests": 7})
+    endpoint.script = [named_by_prompt] * 4
+    endpoint.behavior = lambda h, b: h.error(401)
+    with pytest.raises(EndpointError):
+        build(settings, features, tmp_path / "out", concurrency=1)
+    endpoint.behavior = named_by_prompt
+    assert build(settings, features, tmp_path / "out")["n_labeled"] == 7
+
+
+def test_named_features_are_labeled_and_all_other_rows_stay(endpoint, settings, make_features, tmp_path):
+    endpoint.behavior = named_by_prompt
+    features = make_features(8, dead=(3,))
+    build(settings, features, tmp_path / "a")
+    other = settings.model_copy(update={"seed": 1})
+    summary = build(other, features, tmp_path / "b", only=[7, 0, 7], finished=tmp_path / "a")
+    old, new = (Labels.open(tmp_path / name).rows() for name in "ab")
+    assert [row.feature for row, before in zip(new, old, strict=True) if row != before] == [0, 7]
+    assert (new[7].status, new[7].seed) == ("written", 1)
+    assert (summary["n_labeled"], summary["labeled"]) == (6, 1.0)
+    assert [attempt["feature"] for attempt in attempts(tmp_path / "b")][-2:] in ([7, 0], [0, 7])
+    assert len(attempts(tmp_path / "b")) == 5 + 2
+
+
+def test_a_label_is_not_given_up_for_a_failure(endpoint, settings, make_features, tmp_path):
+    build(settings, make_features(), tmp_path / "a")
+    endpoint.behavior = lambda h, b: h.answer("prose")
+    other = settings.model_copy(update={"seed": 1})
+    build(other, tmp_path / "features-8", tmp_path / "b", only=[0, 7], finished=tmp_path / "a")
+    labels = Labels.open(tmp_path / "b")
+    assert (labels.label(0).status, labels.label(7).status) == ("written", "failed")
+
+
+@pytest.mark.parametrize(("only", "words"), [([8], "features 0 to 7"), ([-1], "features 0 to 7"), ([3], "never fires")])
+def test_a_named_feature_that_cannot_be_labeled_is_refused(endpoint, settings, make_features, tmp_path, only, words):
+    with pytest.raises(LabelError, match=words):
+        build(settings, make_features(), tmp_path / "out", only=only)
+    assert endpoint.requests == []
+
+
+def test_a_server_that_dies_midway_may_come_back_and_one_that_never_answered_may_not(
+    endpoint, settings, make_features, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("sae_core.labels.client.RETRIES", 0)
+    features = make_features(12, dead=())
+    settings = settings.model_copy(update={"features": 12})
+    endpoint.behavior = lambda h, b: h.error(500)
+    with pytest.raises(EndpointError) as never:
+        build(settings, features, tmp_path / "out", concurrency=1)
+    endpoint.script = [named_by_prompt] * 3
+    with pytest.raises(EndpointError) as midway:
+        build(settings, features, tmp_path / "out", concurrency=1)
+    assert (never.value.passing, midway.value.passing) == (False, True)
+
+
+def test_a_disk_that_fills_up_midway_stops_the_run_and_keeps_what_is_written(
+    endpoint, settings, make_features, tmp_path, monkeypatch
+):
+    endpoint.behavior = named_by_prompt
+    features, put, kept = make_features(), CompletionCache.put, []
+
+    def full(self, path, completion) -> None:
+        if len(kept) == 2:
+            monkeypatch.setattr(Path, "write_text", no_space)
+        put(self, path, completion)
+        kept.append(path)
+
+    def no_space(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CompletionCache, "put", full)
+        with pytest.raises(ArtifactError, match="No space left on device"):
+            build(settings, features, tmp_path / "out", concurrency=1)
+        monkeypatch.undo()
+    assert not (tmp_path / "out" / "labels.parquet").exists()
+    assert len(endpoint.requests) == 3
+    monkeypatch.setenv("MIND_ATLAS_CACHE", str(tmp_path / "cache"))
+    assert build(settings, features, tmp_path / "out")["n_labeled"] == 5
+    assert len(endpoint.requests) == 3 + 3  # the third could not be kept
+
+
+def test_a_secret_in_the_address_is_refused_and_not_repeated(settings, make_features, tmp_path):
+    for url in ("http://me:hunter2@host/v1", "http://host/v1?key=hunter2"):
+        with pytest.raises(LabelError, match="OPENAI_API_KEY") as failure:
+            build(settings.model_copy(update={"base_url": url}), make_features(8 + len(url)), tmp_path / "out")
+        assert "hunter2" not in str(failure.value)
+
+
+@pytest.mark.parametrize("trouble", [
+    lambda h, b: h.error(401, "Incorrect API key: sk-very-secret"), lambda h, b: h.error(400, "no sk-very-secret"),
+    lambda h, b: h.answer("", choices=[]), lambda h, b: h.send("<html>sk-very-secret"),
+])  # fmt: skip
+def test_no_failure_writes_the_key_down(endpoint, settings, make_features, tmp_path, monkeypatch, trouble):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    endpoint.script = [named_by_prompt, trouble]
+    endpoint.behavior = trouble
+    with pytest.raises(EndpointError) as failure:
+        build(settings.model_copy(update={"features": 8}), make_features(12), tmp_path / "out", concurrency=1)
+    written = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
+    assert written
+    assert all(b"very-secret" not in data for data in [*written, str(failure.value).encode()])

@@ -1,0 +1,10 @@
+"""How far a label can be believed: what one can tell with it on text that its writer never saw.
+
+    items       the texts: where the feature fires, over its levels, and where it does not, in three strata
+    metrics     balanced accuracy, AUC, and what the bootstrap says of both
+    embedding   similarity of label and text, by the language model under study; asks nobody
+    judge       detection and fuzzing: what a language model is asked about the texts
+    score       all of it for many features, beside what another's label and the lexical one get
+
+What comes of it is `Score`, in the rows of `Labels`.
+"""

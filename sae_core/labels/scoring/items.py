@@ -1,0 +1,144 @@
+"""The texts that a label is scored on, none of them from a document that its writer saw."""
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from jaxtyping import Float
+
+from sae_core.features import Example
+from sae_core.features.reader import Sample
+from sae_core.labels.prompts import MARK_SHARE
+
+T = TypeVar("T")
+
+STRATA = ("random", "nearest", "neighbor")
+"""Where texts come from in which the feature does not fire: drawn at random; most similar to those in which it does;
+such in which a feature fires whose decoder row points a similar way."""
+
+Nearest = Callable[[Sequence[Example]], Iterable[int]]
+"""Windows of the sample by similarity to examples, most similar first."""
+
+
+class Item(NamedTuple):
+    """A text, and whether the feature fires in it."""
+
+    tokens: list[str]
+    marked: list[bool]
+    """The tokens on which the feature fires; of a text in which it does not, as many others (see `negatives`)."""
+    level: int = 0
+    """Activation level of the strongest firing; 0: it does not fire."""
+    stratum: str = ""
+    """One of `STRATA`, of a text in which it does not fire."""
+
+    @property
+    def fires(self) -> bool:
+        return self.level > 0
+
+
+class Names(NamedTuple):
+    """What is scored on one feature's texts: its label, another feature's, and the lexical one."""
+
+    own: str
+    shuffled: str | None
+    lexical: str
+
+    def given(self) -> dict[str, str]:
+        """Those that there are, by field."""
+        return {kind: name for kind, name in self._asdict().items() if name}
+
+
+class Trial(NamedTuple):
+    """A feature's names, and the texts that they are tried on."""
+
+    feature: int
+    names: Names
+    shuffled_from: int | None
+    items: list[Item]
+
+
+class Answers(NamedTuple):
+    """What a scorer says of each text under each name: similarities, or 1 and 0 with NaN for no answer."""
+
+    scorer: str
+    says: dict[str, Float[np.ndarray, " texts"]]
+    """By field of `Names`."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+def positives(examples: Sequence[Example], shown: Sequence[int], count: int, seed: int) -> list[Example]:
+    """At most `count` examples from other documents than those `shown`: one of each level, the highest first, again."""
+    seen = {examples[i].document for i in shown}
+    levels: dict[int, list[Example]] = {}
+    for example in examples:
+        if example.document not in seen:
+            levels.setdefault(example.level, []).append(example)
+    draw = random.Random(seed)
+    for group in levels.values():
+        draw.shuffle(group)
+    return list(itertools.islice(_by_turns(levels[level] for level in sorted(levels, reverse=True)), count))
+
+
+def negatives(
+    sample: Sample, feature: int, neighbors: Sequence[int], chosen: Sequence[Example], seen: set[int], nearest: Nearest,
+    seed: int,
+) -> list[Item]:  # fmt: skip
+    """As many texts in which the feature does not fire as `chosen` has, in equal parts of `STRATA` where there are.
+
+    Where a neighbor fires, its tokens are marked; elsewhere as many at random as are marked in `chosen`, on average.
+
+    Args:
+        sample: windows, of which one knows what fires in them.
+        feature: the feature.
+        neighbors: features with similar decoder rows, nearest first; one window is taken of each before a second.
+        chosen: the examples in which it fires.
+        seen: documents that the label's writer saw.
+        nearest: finds windows similar to examples.
+        seed: of the draw.
+    """
+    draw = random.Random(seed)
+    count = len(chosen)
+    silent = sorted(set(range(len(sample.tokens))) - sample.acts(feature).keys())
+    free = {window: None for window in draw.sample(silent, len(silent)) if sample.documents[window] not in seen}
+    n_marked = math.ceil(sum(sum(marks(e.acts)) for e in chosen) / count)
+    found: list[Item] = []
+    acts = {neighbor: sample.acts(neighbor) for neighbor in neighbors}
+    for neighbor, window in _by_turns([(n, w) for w in free if w in acts[n]] for n in neighbors):
+        if len(found) == count // 3:
+            break
+        if window in free:
+            del free[window]
+            found.append(Item(sample.tokens[window], marks(acts[neighbor][window]), stratum="neighbor"))
+    for stratum, order in (("nearest", nearest(chosen)), ("random", list(free))):
+        wanted = len(found) + (count // 3 if stratum == "nearest" else count - len(found))
+        for window in order:
+            if len(found) == wanted:
+                break
+            if window in free:
+                del free[window]
+                tokens = sample.tokens[window]
+                places = draw.sample(range(len(tokens)), min(n_marked, len(tokens)))
+                found.append(Item(tokens, [i in places for i in range(len(tokens))], stratum=stratum))
+    return found
+
+
+def marks(acts: Sequence[float]) -> list[bool]:
+    """The tokens that are marked: those with at least `MARK_SHARE` of the strongest activation in the text."""
+    least = MARK_SHARE * max(acts, default=0.0)
+    return [act > 0 and act >= least for act in acts]
+
+
+def as_item(example: Example) -> Item:
+    """An example as a text to judge."""
+    return Item(example.tokens, marks(example.acts), example.level)
+
+
+def _by_turns(groups: Iterable[Iterable[T]]) -> Iterator[T]:
+    """The first of each group, then the second of each, and so on."""
+    nothing = object()
+    for turn in itertools.zip_longest(*groups, fillvalue=nothing):
+        yield from (value for value in turn if value is not nothing)  # type: ignore[misc]

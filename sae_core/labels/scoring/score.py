@@ -1,0 +1,209 @@
+"""Labels scored on text that their writer never saw, each beside another feature's label and the lexical one."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import faiss
+import numpy as np
+import pyarrow.parquet as pq
+from jaxtyping import Float
+
+from sae_core.features import Example, Features
+from sae_core.features.reader import Sample
+from sae_core.labels.client import ChatClient
+from sae_core.labels.reader import LabelRow, Score
+from sae_core.labels.scoring.embedding import Embedder, joined
+from sae_core.labels.scoring.items import Answers, Item, Names, Trial, as_item, negatives, positives
+from sae_core.labels.scoring.judge import TASKS, Judge, Record
+from sae_core.labels.scoring.metrics import Pairs, accuracy_pairs, auc_pairs, bootstrap
+from sae_core.language_model import LanguageModel
+from sae_core.neighbors import NEIGHBORS
+from sae_core.progress import Report
+from sae_core.study import LabelSettings, ModelSettings
+
+LEAST = 4
+"""Texts in which the feature fires, from fewer of which no score is made."""
+LOCAL_JUDGED = 2
+"""Features that a local model judges when the study does not say how many."""
+_OVERFETCH = 32  # windows looked at for each example, of which those are taken in which the feature does not fire
+
+
+class Ground(NamedTuple):
+    """What scores are made from besides labels and features."""
+
+    model: ModelSettings
+    """The language model under study, which embeds texts."""
+    neighbors: Path
+    """Folder of the finished neighbors."""
+
+
+class Scored(NamedTuple):
+    """What came of scoring."""
+
+    fields: dict[int, dict[str, Any]]
+    """For each feature whose label was scored, the fields of its `LabelRow` that say so."""
+    stopped: str
+    """Why the judge asked no more, when the budget was used up."""
+
+
+async def score_labels(
+    client: ChatClient, rows: Sequence[LabelRow], others: Sequence[LabelRow], features: Features,
+    settings: LabelSettings, ground: Ground, record: Record, at_once: int, report: Report,
+) -> Scored:  # fmt: skip
+    """Score the written labels among `rows`.
+
+    Args:
+        client: asks the judge.
+        rows: what the features are called, the first to be judged first.
+        others: what other features are called, for the control; they are not scored.
+        features: examples and a sample of the text.
+        settings: which scorers, on how many texts, and how many features are judged.
+        ground: the rest of what is looked at.
+        record: told of every question to the judge.
+        at_once: features judged at once.
+        report: progress, in features scored and then in features judged.
+
+    Raises:
+        EndpointError: the judge answers nothing.
+        ArtifactError: the disk is full.
+    """
+    if not settings.scorers or not any(row.label for row in rows):
+        return Scored({}, "")
+    scorer = Scorer(settings, features, ground)
+    trials = scorer.trials(rows, others, report)
+    answers = {trial.feature: [scorer.embed(trial)] * ("embedding" in settings.scorers) for trial in trials}
+    tasks = [task for task in TASKS if task in settings.scorers]
+    n_judged = len(trials) if settings.base_url else LOCAL_JUDGED
+    judged = trials[: n_judged if settings.judged is None else settings.judged] if tasks else []
+    judge = Judge(client, record)
+    for feature, found in (await judge.judge_all(judged, tasks, at_once, report)).items():
+        answers[feature] += found
+    n_levels = max((item.level for trial in trials for item in trial.items), default=0)
+    fields = {t.feature: _fields(t, [score(t, found, n_levels) for found in answers[t.feature]]) for t in trials}
+    return Scored(fields, judge.stopped)
+
+
+def _fields(trial: Trial, scores: Sequence[Score]) -> dict[str, Any]:
+    found = {"scores": tuple(scores), "shuffled_from": trial.shuffled_from, "beats_control": beats_control(scores)}
+    return found if scores else {}
+
+
+class Scorer:
+    """Scores the labels of one dictionary.
+
+    Args:
+        settings: which scorers, and on how many texts.
+        features: examples and a sample of the text.
+        ground: the rest of what is looked at.
+    """
+
+    def __init__(self, settings: LabelSettings, features: Features, ground: Ground) -> None:
+        self.settings = settings
+        self.features = features
+        self._sample: Sample = features.sample()
+        self._embedder = Embedder(LanguageModel.load(ground.model), [joined(t) for t in self._sample.tokens])
+        self._index = faiss.IndexFlatIP(self._embedder.windows.shape[1])
+        self._index.add(self._embedder.windows)
+        table = pq.read_table(ground.neighbors / NEIGHBORS, columns=["feature", "rank", "neighbor"]).sort_by("rank")
+        self._feature, self._neighbor = (table[name].to_numpy() for name in ("feature", "neighbor"))
+
+    def trials(self, rows: Sequence[LabelRow], others: Sequence[LabelRow], report: Report) -> list[Trial]:
+        """The written labels among `rows` with their texts, in order; none for a feature with too few texts."""
+        written = [row for row in rows if row.label]
+        asked = {row.feature for row in rows}
+        named = [*written, *(row for row in others if row.label and row.feature not in asked)]
+        found = []
+        for done, row in enumerate(written, 1):
+            report(done, len(written), "scored")
+            items = self._items(row)
+            if sum(item.fires for item in items) >= LEAST and any(not item.fires for item in items):
+                other = shuffled_from(row, named, self.settings.seed)
+                names = Names(row.label, other.label if other else None, row.lexical)
+                found.append(Trial(row.feature, names, other.feature if other else None, items))
+        return found
+
+    def embed(self, trial: Trial) -> Answers:
+        """Similarity of each name and text."""
+        texts = self._embedder.texts([joined(item.tokens) for item in trial.items])
+        names = trial.names.given()
+        similarity = self._embedder.names(list(names.values())) @ texts.T
+        return Answers("embedding", dict(zip(names, similarity, strict=True)))
+
+    def _items(self, row: LabelRow) -> list[Item]:
+        examples = self.features.examples(row.feature)
+        seed = self.settings.seed * 1_000_003 + row.feature
+        chosen = positives(examples, row.examples, self.settings.score_examples, seed)
+        if not chosen:
+            return []
+        neighbors = self._neighbor[self._feature == row.feature].tolist()
+        seen = {examples[i].document for i in row.examples}
+        silent = negatives(self._sample, row.feature, neighbors, chosen, seen, self._nearest, seed)
+        items = [*map(as_item, chosen), *silent]
+        return [items[i] for i in np.random.default_rng(seed).permutation(len(items))]
+
+    def _nearest(self, examples: Sequence[Example]) -> Iterable[int]:
+        """The nearest window of each example, then the second nearest of each, and so on."""
+        texts = self._embedder.texts([joined(example.tokens) for example in examples])
+        count = min(_OVERFETCH, self._index.ntotal)
+        return self._index.search(texts, count)[1].T.ravel().tolist()
+
+
+def shuffled_from(row: LabelRow, written: Sequence[LabelRow], seed: int) -> LabelRow | None:
+    """Another feature, drawn at random of those whose label is not the same; None when there is none."""
+    others = [other for other in written if other.label.casefold() != row.label.casefold()]
+    if not others:
+        return None
+    return others[int(np.random.default_rng([seed, row.feature]).integers(len(others)))]
+
+
+def score(trial: Trial, answers: Answers, n_levels: int) -> Score:
+    """What the answers are worth."""
+    fires = np.array([item.fires for item in trial.items])
+    own = answers.says["own"]
+
+    def worth(kind: str, kept: Callable[[Item], bool] = lambda item: True) -> float | None:
+        """What one of the names gets on some of the texts."""
+        if (says := answers.says.get(kind)) is None:
+            return None
+        some = np.array([kept(item) for item in trial.items])
+        pairs = _pairs(answers.scorer, says[some], fires[some])
+        return float(pairs.mean()) if pairs.size else None
+
+    def against(stratum: str) -> float | None:
+        return worth("own", lambda item: item.fires or item.stratum == stratum)
+
+    interval = bootstrap(_pairs(answers.scorer, own, fires))
+    return Score(
+        answers.scorer, worth("own"), _finite(interval.low), _finite(interval.high), worth("shuffled"),
+        worth("lexical"), _margin_low(answers, fires), against("random"), against("nearest"), against("neighbor"),
+        [worth("own", lambda item, i=i: item.level in (0, i)) for i in range(1, n_levels + 1)],  # type: ignore[misc]
+        float(np.isnan(own).mean()), int(fires.sum()), int((~fires).sum()), answers.prompt_tokens,
+        answers.completion_tokens,
+    )  # fmt: skip
+
+
+def beats_control(scores: Sequence[Score]) -> bool | None:
+    """See `LabelRow.beats_control`."""
+    by = {score.scorer: score for score in scores}
+    first = next((by[name] for name in ("detection", "fuzzing", "embedding") if name in by), None)
+    return None if first is None or first.margin_low is None else first.margin_low > 0
+
+
+def _pairs(scorer: str, says: Float[np.ndarray, " texts"], fires: np.ndarray) -> Pairs:
+    return (auc_pairs if scorer == "embedding" else accuracy_pairs)(says, fires)
+
+
+def _margin_low(answers: Answers, fires: np.ndarray) -> float | None:
+    """See `Score.margin_low`: on the texts that were answered under both names."""
+    if "shuffled" not in answers.says:
+        return None
+    own, shuffled = answers.says["own"], answers.says["shuffled"]
+    both = np.isfinite(own) & np.isfinite(shuffled)
+    own, shuffled, fires = own[both], shuffled[both], fires[both]
+    return _finite(bootstrap(_pairs(answers.scorer, own, fires) - _pairs(answers.scorer, shuffled, fires)).low)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,16 @@
+"""The atlas in the browser: pages that are read, and a JSON API for everything they show.
+
+    app         `create_app`: everything below, put together
+    door        who may come in, how much they may send, and the headers of every answer
+    shelf       the open atlases; one that was made anew is opened again
+    render      templates, and how tokens and numbers are shown
+    pages       the pages
+    api         the JSON API (`/api/openapi.json`)
+    live        the language model, one text at a time
+
+The style sheet, the templates and all JavaScript are files of this package; nothing is fetched from elsewhere.
+"""
+
+from sae_core.serve.app import create_app
+
+__all__ = ["create_app"]

@@ -1,0 +1,383 @@
+"""What the pages show and the JSON API returns: one shape for both, gathered from the artifacts."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from sae_core.artifacts import ArtifactStore
+from sae_core.atlas import Atlas, Filters, Hit
+from sae_core.corpus import Corpus
+from sae_core.display import shown_bytes
+from sae_core.errors import MindAtlasError
+from sae_core.features import Example, FeatureRow
+from sae_core.names import DictionarySpec
+from sae_core.serve.shelf import slug_of
+from sae_core.stages import VERSIONS
+from sae_core.studies import Studies
+
+
+class View(BaseModel):
+    """Base of all that is shown; the string under a field is its description in the API."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class NotFoundError(MindAtlasError):
+    """Something asked for by number or name that is not there."""
+
+
+class Named(View):
+    """A feature, as another one's page lists it."""
+
+    feature: int
+    label: str
+    """Its label; the lexical one where no label was written, empty before labels are made."""
+
+
+class Near(Named):
+    """A feature whose decoder row points a similar way."""
+
+    cosine: float
+    """Cosine of the two decoder rows, -1 to 1."""
+
+
+class Together(Named):
+    """A feature that was seen at its strongest where this one fires."""
+
+    tokens: int
+    """Tokens that are the peak of one of its examples and on which this feature fires too."""
+
+
+class Score(View):
+    """How well a label predicts where its feature fires."""
+
+    name: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    """Ends of its interval."""
+    control: float | None = None
+    """The same score of a label that has nothing to do with the feature."""
+
+
+class Label(View):
+    """A feature's label, and where it comes from."""
+
+    label: str
+    """Empty where none was written."""
+    lexical: str
+    """The name made without a language model."""
+    description: str
+    kind: str
+    """What explains the feature: `input`, `output`, `both`, `unclear`; empty where no label was written."""
+    status: str
+    """`written`, `failed`, `lexical` (not asked for), `dead`."""
+    confidence: float | None
+    """The label writer's own, 0 to 1."""
+    model: str
+    """Who wrote it."""
+    prompt_version: str
+    error: str
+    """Why it failed."""
+    scores: list[Score]
+    beats_control: bool | None
+    """Whether it does better than another feature's label, on text that its writer did not see; null: not scored."""
+
+
+class Passage(View):
+    """A stretch of text in which a feature fires."""
+
+    act: float
+    """Activation at the peak."""
+    tokens: list[str]
+    acts: list[float]
+    """Activation on each token."""
+    peak: int
+    """The peak's place in `tokens`."""
+    kind: str
+    """`top`: one of the strongest; `level`: drawn at random from its level."""
+    document: int
+    position: int
+    """The peak's place among the document's tokens."""
+    source: str
+    title: str
+    language: str
+
+
+class Level(View):
+    """Examples of one range of activations."""
+
+    low: float
+    high: float
+    """The range, as shares of the feature's maximum: above `low`, up to `high`."""
+    share: float
+    """Share of all firings that lie in it."""
+    examples: list[Passage]
+
+
+class FeatureView(View):
+    """One feature with everything about it. What a stage that is not made yet would tell is null or empty."""
+
+    dictionary: str
+    corpus: str
+    name: str
+    """The label; the lexical one where no label was written."""
+    row: FeatureRow
+    label: Label | None
+    levels: list[Level]
+    """From the strongest activations down to near zero."""
+    counter_examples: list[Passage]
+    """Text where the label says that the feature fires and it does not, or the reverse; empty where none are kept."""
+    neighbors: list[Near]
+    cluster: int | None
+    """On the map; -1 is none, null before the map is made."""
+    previous: int | None
+    next: int | None
+
+
+class SearchView(View):
+    """Features that a search found, the best first."""
+
+    dictionary: str
+    query: str
+    hits: list[Hit]
+    more: bool
+    """Whether there are more after these."""
+    offset: int
+
+
+class DocumentView(View):
+    """A document of a corpus."""
+
+    corpus: str
+    document: int
+    title: str
+    source: str
+    language: str
+    kind: str
+    license: str
+    split: str
+    n_tokens: int
+    text: str
+
+
+class Marked(View):
+    """An example in its document."""
+
+    before: str
+    after: str
+    """The document's text around it."""
+    passage: Passage
+    dictionary: str
+    feature: int
+    name: str
+    max_act: float
+
+
+class Stage(View):
+    """A stage of the atlas."""
+
+    stage: str
+    made: bool
+    made_at: str
+    """UTC; empty where it is not made."""
+    cure: str
+    """The command that makes it."""
+
+
+class Listed(View):
+    """A list of features worth a look."""
+
+    title: str
+    about: str
+    features: list[Hit]
+
+
+class Overview(View):
+    """What an atlas is of, how good it is, and what it does not have yet."""
+
+    dictionary: str
+    dictionaries: list[str]
+    study: str
+    """Empty where no known study asks for this dictionary."""
+    description: str
+    model: str
+    hook: str
+    layer: int
+    architecture: str
+    corpus: dict[str, Any]
+    """Summary of the corpus: documents, tokens, sources with their licenses."""
+    health: dict[str, float]
+    """Numbers of the dictionary on held-out text: fvu, l0, dead, delta_ce, ce_recovered."""
+    features: dict[str, Any]
+    """Summary of the features: n_features, n_alive, n_dense, median_density."""
+    labels: dict[str, Any] | None
+    """Summary of the labels: n_labeled, n_failed, model; null before they are made."""
+    lists: list[Listed]
+    stages: list[Stage]
+
+
+_HEALTH = ("fvu", "l0", "dead", "delta_ce", "ce_recovered")
+_LISTED = 8
+
+
+def feature_view(atlas: Atlas, feature: int) -> FeatureView:
+    """Everything about one feature. Raises FeatureError when there is no such feature."""
+    card = atlas.feature(feature)
+    n = atlas.features.table().num_rows
+    return FeatureView(
+        dictionary=atlas.dictionary,
+        corpus=atlas.site.corpus,
+        name=card.name,
+        row=card.row,
+        label=_label(card.label) if card.label else None,
+        levels=_levels(atlas, card.row, card.examples),
+        counter_examples=[],
+        neighbors=[Near(feature=x.feature, label=x.label, cosine=x.cosine) for x in card.neighbors],
+        cluster=card.place.cluster if card.place else None,
+        previous=feature - 1 if feature else None,
+        next=feature + 1 if feature + 1 < n else None,
+    )
+
+
+def _label(row: dict[str, Any]) -> Label:
+    """The label, from its row; columns that are not there yet are passed over."""
+    texts = ("label", "lexical", "description", "kind", "status", "model", "prompt_version", "error")
+    return Label(
+        **{name: row.get(name) or "" for name in texts},
+        confidence=row.get("confidence"),
+        scores=[
+            Score(name=s["scorer"], value=s["score"], low=s["low"], high=s["high"], control=s["shuffled"])
+            for s in row.get("scores") or []
+            if s["score"] is not None
+        ],
+        beats_control=row.get("beats_control"),
+    )
+
+
+def _levels(atlas: Atlas, row: FeatureRow, examples: list[Example]) -> list[Level]:
+    """The examples by level, the highest first; levels without an example are left out."""
+    n_levels = int(atlas.store.get("features", atlas.dictionary).manifest.settings.get("levels", 0)) or max(
+        (example.level for example in examples), default=1
+    )
+    about = atlas.documents({example.document for example in examples})
+    passages = [
+        (x.level, Passage(
+            act=x.act, tokens=x.tokens, acts=x.acts, peak=x.peak, kind=x.kind, document=x.document,
+            position=x.position, **about.get(x.document, {"source": "", "title": "", "language": ""}),
+        ))
+        for x in examples
+    ]  # fmt: skip
+    return [
+        Level(
+            low=(level - 1) / n_levels,
+            high=level / n_levels,
+            share=_share(row, (level - 1) / n_levels, level / n_levels),
+            examples=[passage for of, passage in passages if of == level],
+        )
+        for level in range(n_levels, 0, -1)
+        if any(of == level for of, _ in passages)
+    ]
+
+
+def _share(row: FeatureRow, low: float, high: float) -> float:
+    """Share of the firings in a range of the maximum; bins that straddle its ends count by how much lies inside."""
+    n = len(row.histogram)
+    inside = (max(0.0, min(high * n, i + 1) - max(low * n, i)) * count for i, count in enumerate(row.histogram))
+    return sum(inside) / max(row.n_fired, 1)
+
+
+def document_view(store: ArtifactStore, corpus: str, document: int) -> DocumentView:
+    """A document of a corpus. Raises NotFoundError when there is no such one."""
+    if corpus not in store.slugs("corpus"):
+        raise NotFoundError(f"no corpus {corpus!r}: there are {', '.join(store.slugs('corpus')) or 'none yet'}")
+    try:
+        row = Corpus.open(store.get("corpus", corpus).folder).document(document)
+    except IndexError as error:
+        raise NotFoundError(f"no document {document}: {error}") from None
+    return DocumentView(corpus=corpus, **row)
+
+
+def overview(atlas: Atlas, slugs: list[str], studies: Studies) -> Overview:
+    """What the atlas is of, how good it is, and what is missing."""
+    store, spec = atlas.store, DictionarySpec.parse(atlas.dictionary)
+    summaries = {stage: _summary(store, stage, slug_of(spec, stage)) for stage in VERSIONS}
+    order = studies.dictionaries.get(atlas.dictionary)
+    study = order.study.name if order else ""
+    return Overview(
+        dictionary=atlas.dictionary,
+        dictionaries=slugs,
+        study=study,
+        description=order.study.description if order else "",
+        model=spec.site.model,
+        hook=spec.site.hook,
+        layer=spec.site.layer,
+        architecture=spec.architecture,
+        corpus=summaries["corpus"] or {},
+        health={key: (summaries["dictionary"] or {})[key] for key in _HEALTH if key in (summaries["dictionary"] or {})},
+        features=summaries["features"] or {},
+        labels=summaries["labels"],
+        lists=list(_lists(atlas)),
+        stages=[_stage(store, stage, slug_of(spec, stage), study or "STUDY") for stage in VERSIONS],
+    )
+
+
+def _lists(atlas: Atlas) -> Iterable[Listed]:
+    """Lists of features worth a look; those that hold none are left out."""
+    scored = "highest score first" if atlas.has_scores else "not scored yet"
+    written = atlas.browse(_LISTED, Filters(written=True), "score" if atlas.has_scores else "strength")
+    rare = atlas.browse(_LISTED, Filters(alive=True), "rarity")
+    lists = [
+        ("Labeled by a model", scored, written),
+        ("Multilingual", "strongest examples spread over languages", atlas.multilingual(_LISTED)),
+        ("Strongest", "largest activations", atlas.browse(_LISTED, sort="strength")),
+        ("Always on", "fire on the most tokens", atlas.browse(_LISTED, sort="density")),
+        ("Rare", "alive, on the fewest tokens", rare),
+    ]
+    return (Listed(title=title, about=about, features=hits) for title, about, hits in lists if hits)
+
+
+def _summary(store: ArtifactStore, stage: str, slug: str) -> dict[str, Any] | None:
+    manifest = store.manifest(stage, slug)
+    return manifest.summary if manifest else None
+
+
+def _stage(store: ArtifactStore, stage: str, slug: str, study: str) -> Stage:
+    manifest = store.manifest(stage, slug)
+    cure = f"mind-atlas run {study} --until {stage}"
+    return Stage(stage=stage, made=manifest is not None, made_at=manifest.made_at if manifest else "", cure=cure)
+
+
+def together(atlas: Atlas, feature: int) -> list[Together]:
+    """Features seen with this one, the most often first. Raises FeatureError when there is no such feature."""
+    atlas.features.feature(feature)
+    return [Together(feature=i, label=atlas.name(i), tokens=n) for i, n in atlas.together(feature)]
+
+
+def marked(atlas: Atlas, document: DocumentView, feature: int, position: int) -> Marked | None:
+    """The feature's example with its peak at that token of the document; None when it has none there.
+
+    Examples hold tokens, and documents text: the example is found in the text, at the occurrence nearest to its place.
+    """
+    card = atlas.feature(feature)
+    passages = (x for level in _levels(atlas, card.row, card.examples) for x in level.examples)
+    here = next((x for x in passages if (x.document, x.position) == (document.document, position)), None)
+    whole = b"".join(map(shown_bytes, here.tokens)).decode("utf-8", "ignore") if here else ""
+    if here is None or not whole:
+        return None
+    about = len(document.text) * position / max(document.n_tokens, 1)
+    places = [found.start() for found in re.finditer(re.escape(whole), document.text)]
+    if not places:
+        return None
+    start = min(places, key=lambda place: abs(place - about))
+    return Marked(
+        before=document.text[:start],
+        after=document.text[start + len(whole) :],
+        passage=here,
+        dictionary=atlas.dictionary,
+        feature=feature,
+        name=card.name,
+        max_act=card.row.max_act,
+    )

@@ -1,0 +1,184 @@
+"""Labels whose truth is known by construction, scored by a judge that answers by rule and by a real model's middle."""
+
+import asyncio
+import json
+import os
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import duckdb
+import pytest
+
+from sae_core.features import Features
+from sae_core.labels import Labels, build_labels
+from sae_core.labels.client import EndpointError
+from sae_core.labels.endpoint import label_writer
+from sae_core.labels.reader import LabelRow
+from sae_core.labels.scoring.score import Ground, score_labels
+from sae_core.study import LabelSettings, ModelSettings
+
+CACHE = os.environ.get("MIND_ATLAS_CACHE")  # before a fixture sets one that is empty
+
+
+@pytest.fixture
+def by_rule(planted: SimpleNamespace) -> Any:
+    """A judge that knows what each true name means, and finds nothing under another; and a writer of true labels."""
+
+    def answer(handler: Any, body: dict[str, Any]) -> None:
+        question = body["messages"][-1]["content"]
+        if "makes likely" in question:
+            marked = "".join(re.findall("<<(.*?)>>", question))
+            name = next(name for name, rule in planted.rules.items() if re.search(rule, marked))
+            handler.answer(json.dumps({"label": name, "description": "", "kind": "input", "confidence": 1}))
+            return
+        lines = question.splitlines()
+        rule = planted.rules.get(json.loads(lines[-1].removeprefix("name: ")), "(?!)")
+        texts = [line.partition(": ")[2] for line in lines[1:-2]]
+        fits = [all(re.search(rule, part) for part in re.findall("<<(.*?)>>", text) or [text]) for text in texts]
+        handler.answer(json.dumps({"texts": [i for i, fit in enumerate(fits, 1) if fit]}))
+
+    return answer
+
+
+@pytest.fixture
+def rows(planted: SimpleNamespace) -> list[LabelRow]:
+    """The true labels, whose writer saw the first three examples."""
+    return [LabelRow(i, f'fires on "top{i}"', "written", n, examples=(0, 1, 2)) for i, n in enumerate(planted.rules)]
+
+
+@pytest.fixture
+def ground(planted: SimpleNamespace, tiny_model) -> Ground:
+    return Ground(ModelSettings(source=str(tiny_model)), planted.folder)
+
+
+def scored(
+    settings: LabelSettings, planted: SimpleNamespace, ground: Ground, rows: list[LabelRow], notes: Any = None
+) -> dict[int, Any]:
+    async def work() -> dict[int, Any]:
+        with label_writer(settings, "none", lambda *_, **__: None) as client:
+            record = (notes if notes is not None else []).append
+            features = Features.open(planted.folder)
+            return await score_labels(client, rows, [], features, settings, ground, record, 2, lambda *_, **__: None)
+
+    return asyncio.run(work()).fields
+
+
+def test_a_judge_that_knows_the_truth_gives_true_labels_all_and_shuffled_ones_chance(
+    endpoint, by_rule, planted, ground, rows
+):
+    endpoint.behavior = by_rule
+    found = scored(LabelSettings(model="m", base_url=endpoint.url), planted, ground, rows)
+    assert found.keys() == set(range(5))
+    for fields in found.values():
+        by = {score.scorer: score for score in fields["scores"]}
+        assert by.keys() == {"embedding", "detection", "fuzzing"}
+        for scorer in ("detection", "fuzzing"):
+            assert by[scorer].score == 1.0
+            assert by[scorer].shuffled <= 0.6
+            assert by[scorer].lexical == 0.5
+            assert by[scorer].margin_low > 0.2
+            assert (by[scorer].failed, by[scorer].n_firing, by[scorer].n_silent) == (0, 11, 11)
+            assert {by[scorer].random, by[scorer].nearest, by[scorer].neighbor} == {1.0}
+        assert fields["beats_control"]
+
+
+def test_a_wrong_label_does_not_beat_its_control(endpoint, by_rule, planted, ground, rows):
+    endpoint.behavior = by_rule
+    names = list(planted.rules)
+    wrong = [LabelRow(i, "x", "written", names[(i + 1) % 5], examples=(0, 1, 2)) for i in range(5)]
+    found = scored(LabelSettings(model="m", base_url=endpoint.url, scorers=["detection"]), planted, ground, wrong)
+    assert all(fields["scores"][0].score <= 0.6 for fields in found.values())
+    assert not any(fields["beats_control"] for fields in found.values())
+
+
+def test_texts_are_none_that_the_writer_saw_and_every_question_is_recorded(endpoint, by_rule, planted, ground, rows):
+    endpoint.behavior = by_rule
+    notes: list[dict[str, Any]] = []
+    scored(LabelSettings(model="m", base_url=endpoint.url, scorers=["fuzzing"]), planted, ground, rows, notes=notes)
+    examples = [example for i in range(5) for example in Features.open(planted.folder).examples(i)]
+    shown = {"".join(e.tokens) for e in examples if e.document % 100 < 3}
+    unseen = {"".join(e.tokens) for e in examples} - shown
+    asked = "\n".join(request["messages"][-1]["content"] for request in endpoint.requests)
+    plain = re.sub("<<|>>", "", asked)
+    assert any(text in plain for text in unseen)
+    assert len(notes) == len(endpoint.requests) == 5 * 2 * 3
+    assert {note["name"] for note in notes if note["scorer"] == "fuzzing"} == {"own", "shuffled", "lexical"}
+
+
+def test_answers_that_cannot_be_read_are_counted_and_make_no_score(endpoint, by_rule, planted, ground, rows):
+    endpoint.behavior = lambda h, b: h.answer('{"texts": [99]}')
+    settings = LabelSettings(model="m", base_url=endpoint.url, scorers=["detection"], judged=1)
+    found = scored(settings, planted, ground, rows)
+    (score,) = found[0]["scores"]
+    assert (score.score, score.low, score.margin_low, score.failed) == (None, None, None, 1.0)
+    assert found[0]["beats_control"] is None
+    assert found[1] == {}
+
+
+def test_a_judge_that_dies_stops_the_run(endpoint, by_rule, planted, ground, rows):
+    endpoint.behavior = lambda h, b: h.error(500)
+    with pytest.raises(EndpointError, match="5 requests in a row"):
+        scored(LabelSettings(model="m", base_url=endpoint.url, scorers=["detection"]), planted, ground, rows)
+
+
+def test_few_texts_make_no_score_and_a_single_label_has_no_control(endpoint, by_rule, planted, ground, rows):
+    settings = LabelSettings(scorers=["embedding"])
+    seen = [LabelRow(0, "x", "written", "days", examples=tuple(range(11)))]
+    assert scored(settings, planted, ground, seen) == {}
+    found = scored(settings, planted, ground, rows[:1])
+    assert found[0]["scores"][0].shuffled is None
+    assert found[0]["beats_control"] is None
+    assert scored(LabelSettings(scorers=[]), planted, ground, rows) == {}
+
+
+def test_the_table_keeps_the_scores_and_a_second_run_asks_nothing(endpoint, by_rule, planted, ground, rows, tmp_path):
+    endpoint.behavior = by_rule
+    settings = LabelSettings(model="m", base_url=endpoint.url, features=5, examples=3)
+    summaries = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        summaries.append(build_labels(settings, planted.folder, tmp_path / name, ground=ground))
+    assert len(endpoint.requests) == 5 + 5 * 2 * 2 * 3
+    assert (tmp_path / "a/labels.parquet").read_bytes() == (tmp_path / "b/labels.parquet").read_bytes()
+    assert (summaries[0]["scored"], summaries[0]["beats_control"]) == (1.0, 1.0)
+    assert summaries[0]["scores"]["detection"]["score"] == [1.0] * 5
+    row = Labels.open(tmp_path / "a").label(0)
+    assert [score.scorer for score in row.scores] == ["embedding", "detection", "fuzzing"]
+    assert row.beats_control
+    labels = str(tmp_path / "a/labels.parquet")
+    sql = f"SELECT scorer, score FROM (SELECT unnest(scores, max_depth := 2) FROM '{labels}') WHERE scorer = 'fuzzing'"
+    assert duckdb.sql(sql).fetchall() == [("fuzzing", 1.0)] * 5
+
+
+@pytest.fixture
+def real_cache(cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    if CACHE:
+        monkeypatch.setenv("MIND_ATLAS_CACHE", CACHE)
+    else:
+        monkeypatch.delenv("MIND_ATLAS_CACHE")
+
+
+def test_a_real_models_similarity_tells_true_labels_from_shuffled_ones(planted, rows, real_cache):
+    ground = Ground(ModelSettings(source="smollm2-135m-instruct"), planted.folder)
+    found = scored(LabelSettings(scorers=["embedding"]), planted, ground, rows)
+    scores = [fields["scores"][0] for fields in found.values()]
+    print(*((s.score, s.low, s.high, s.shuffled, s.lexical, s.margin_low) for s in scores), sep="\n")
+    mean = sum(score.score for score in scores) / 5
+    assert mean >= 0.7
+    assert sum(score.shuffled for score in scores) / 5 <= mean - 0.15
+    assert sum(fields["beats_control"] for fields in found.values()) >= 2
+
+
+@pytest.mark.label_model
+def test_the_local_model_tells_true_labels_from_shuffled_ones(planted, rows, real_cache, request, tiny_model):
+    if "label_model" not in request.config.option.markexpr:
+        pytest.skip("asks the local label writer, 1.1 GB and some minutes: run it with -m label_model")
+    ground = Ground(ModelSettings(source=str(tiny_model)), planted.folder)
+    found = scored(LabelSettings(scorers=["detection"], judged=5), planted, ground, rows)
+    scores = [fields["scores"][0] for fields in found.values()]
+    print(*((s.score, s.low, s.high, s.shuffled, s.lexical, s.failed) for s in scores), sep="\n")
+    assert sum(score.failed for score in scores) / 5 <= 0.1
+    mean = sum(score.score or 0 for score in scores) / 5
+    assert mean >= 0.65
+    assert sum(score.shuffled or 0 for score in scores) / 5 <= mean - 0.1
