@@ -420,7 +420,10 @@ def monitor(
     from sae_core.safety.monitor import MONITOR, Monitor, load_detectors
 
     atlas = _atlas(study, dictionary)
-    detectors = load_detectors(atlas.store.get("safety", atlas.dictionary).folder / MONITOR, concepts)
+    store = ArtifactStore(home())  # reports are no part of what is promoted
+    if store.manifest("safety", atlas.dictionary) is None:
+        raise MindAtlasError(f"no audit of {atlas.dictionary} has set thresholds: `mind-atlas audit` does")
+    detectors = load_detectors(store.get("safety", atlas.dictionary).folder / MONITOR, concepts)
     reader = PromptReader.of(atlas, _model(atlas, as_harvested=True))
     watch(Monitor(reader, detectors, rate, base_rate), file, batch)
 
