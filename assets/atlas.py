@@ -14,6 +14,7 @@ from assets.labels import labels
 from assets.neighbors import neighbors
 from assets.partitions import corpus_of_dictionary, dictionaries, site_of_dictionary
 from assets.resources import Workshop, launchpad
+from assets.steering import steering
 from sae_core.artifacts import Made
 from sae_core.stages import VERSIONS
 from sae_core.study import RetrainingSettings
@@ -30,6 +31,7 @@ AtlasRun = launchpad(RetrainingSettings)
         features,
         neighbors,
         feature_map,
+        steering,
         labels,
     ],
     group_name="atlas",

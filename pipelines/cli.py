@@ -296,31 +296,71 @@ def explain(text: str, top: int, study: str, dictionary: str, json_: bool) -> No
 @cli.command()
 @click.argument("prompt")
 @click.option(
-    "--feature", "clamps", multiple=True, required=True, metavar="N=STRENGTH",
-    help="Clamp feature N to STRENGTH times its maximum over the corpus; may be given several times.",
+    "--feature", "features", multiple=True, required=True, metavar="N=STRENGTH",
+    help="Steer feature N with STRENGTH; may be given several times.",
+)  # fmt: skip
+@click.option(
+    "--method", type=click.Choice(["clamp", "add", "scale", "min_clamp"]), default="clamp", show_default=True,
+    help="Strength is in maxima of the feature over the corpus: hold it there, add that, keep it at least there; "
+    "or, with scale, what its activation is multiplied by.",
+)  # fmt: skip
+@click.option(
+    "--scope", type=click.Choice(["all", "generated", "last_turn", "no_special"]), default="all", show_default=True,
+    help="Positions that are steered.",
 )  # fmt: skip
 @click.option("--max-tokens", default=60, show_default=True, type=click.IntRange(1))
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0))
+@click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True))
 @click.option("--seed", default=0, show_default=True, help="Seed of both answers.")
+@click.option("--stop", multiple=True, help="Text that ends an answer; may be given several times.")
 @chosen
 @as_json
 def steer(
-    prompt: str, clamps: tuple[str, ...], max_tokens: int, temperature: float, seed: int,
-    study: str, dictionary: str, json_: bool,
+    prompt: str, features: tuple[str, ...], method: Any, scope: Any, max_tokens: int, temperature: float,
+    top_p: float, seed: int, stop: tuple[str, ...], study: str, dictionary: str, json_: bool,
 ) -> None:  # fmt: skip
-    """The model's answer to PROMPT as it is, and with features clamped."""
-    wanted = [_clamp(text) for text in clamps]  # first of all: a typing error is answered at once
-    from pipelines.console import print_json
+    """The model's answer to PROMPT as it is, and with features steered, side by side."""
+    wanted = [_strength(text) for text in features]  # first of all: a typing error is answered at once
+    from pipelines.console import err, print_json
     from pipelines.summary import show_side_by_side
-    from sae_core.steering import Clamp, atlas_edit, default_and_steered
+    from sae_core.generation import Sampling, read_prompt, side_by_side
+    from sae_core.steering import Steer, Steering, cautions
 
     atlas = _atlas(study, dictionary)
-    edit = atlas_edit(atlas, [Clamp(*pair) for pair in wanted])
-    turns = [{"role": "user", "content": prompt}]
-    answers = default_and_steered(_model(atlas), atlas.site, edit, turns, max_tokens, temperature, seed)
-    told = [{"feature": i, "strength": strength, "label": atlas.name(i)} for i, strength in wanted]
-    found = {"prompt": prompt, **answers._asdict(), "clamps": told}
-    print_json(found) if json_ else show_side_by_side(found)
+    steers = [Steer(number, strength, method) for number, strength in wanted]
+    steering = Steering.of(atlas, steers, scope)
+    lm = _model(atlas)
+    notes = cautions(atlas, steers)
+    if not lm.tokenizer.chat_template:
+        notes.append("the model has no chat template: it completes the prompt as plain text")
+    for note in notes:
+        err.print(f"note: {note}", markup=False)
+    sampling = Sampling(max_tokens, temperature, top_p, seed, stop)
+    streams = side_by_side(lm, read_prompt(lm, [{"role": "user", "content": prompt}]), sampling, steering)
+    told = [{**steer._asdict(), "label": atlas.name(steer.feature)} for steer in steers]
+    if not json_:
+        show_side_by_side(streams, told)
+        return
+    tokens: dict[str, list[Any]] = {"default": [], "steered": []}
+    for name, token in streams:
+        tokens[name].append(token._asdict())
+    answers = {name: "".join(token["text"] for token in said) for name, said in tokens.items()}
+    print_json({"prompt": prompt, **answers, "steering": told, "scope": scope, "notes": notes, "tokens": tokens})
+
+
+@cli.command()
+@chosen
+@as_json
+def steering_report(study: str, dictionary: str, json_: bool) -> None:
+    """What steering did to texts, against controls, as Markdown; `run --until steering_report` measures it."""
+    from pipelines.console import print_json
+    from sae_core.steering_report import MARKDOWN, read_report
+
+    folder = (atlas := _atlas(study, dictionary)).store.get("steering_report", atlas.dictionary).folder
+    if json_:
+        print_json([row._asdict() for row in read_report(folder)])
+    else:
+        click.echo((folder / MARKDOWN).read_text("utf-8"), nl=False)
 
 
 @cli.command()
@@ -625,7 +665,7 @@ def _report(
     show_report(made, json_)
 
 
-def _clamp(text: str) -> tuple[int, float]:
+def _strength(text: str) -> tuple[int, float]:
     number, equals, strength = text.partition("=")
     try:
         return int(number), float(strength if equals else "nothing")

@@ -17,12 +17,16 @@ from assets.neighbors import neighbors
 from assets.partitions import corpora, dictionaries, sites
 from assets.resources import STUDY_TAG, Workshop
 from assets.safety import safety
+from assets.steering import steering, steering_report
 from sae_core.artifacts import ATLAS, ArtifactStore, Recipe, Status
 from sae_core.generations import why_refused
 from sae_core.stages import ON_DEMAND, VERSIONS, recipes
 from sae_core.study import Study
 
-ASSETS = [corpus, activations, dictionary, features, neighbors, feature_map, labels, atlas, safety, multilingual]
+ASSETS = [
+    corpus, activations, dictionary, features, neighbors, feature_map, steering, labels, atlas, steering_report, safety,
+    multilingual,
+]  # fmt: skip
 
 make_corpus = dg.define_asset_job(
     "make_corpus", selection="key:corpus", partitions_def=corpora, description="One corpus."

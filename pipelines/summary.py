@@ -1,9 +1,11 @@
 """What a person is shown at the end of a run, of one feature, and of two answers side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from rich.columns import Columns
+from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
@@ -15,7 +17,8 @@ from sae_core.labels import LabelRow
 from sae_core.studies import Order
 from sae_core.study import LabelSettings, Study
 
-if TYPE_CHECKING:  # brings the client, which only the dry run needs
+if TYPE_CHECKING:  # these bring torch, or the client
+    from sae_core.generation import Token
     from sae_core.labels.estimate import Estimate
 
 HEALTH = {
@@ -90,6 +93,10 @@ def show_feature(card: FeatureCard, limit: int) -> None:
         f"fires on {row.density:.3%} of tokens ({row.n_fired:,}); "
         f"at most {row.max_act:.3g}, {row.mean_act:.3g} on average"
     )
+    if card.steering:
+        suggested = card.steering["suggested_strength"]
+        strength = f"; suggested strength {suggested:g}" if suggested is not None else ""
+        out.print(f"steers: output score {card.steering['output_score']:.3f} ({card.steering['role']}){strength}")
     out.print(f"fires on:   {_tokens(row.top_tokens)}", markup=False)
     out.print(f"promotes:   {_tokens(row.promoted)}", markup=False)
     out.print(f"suppresses: {_tokens(row.suppressed)}", markup=False)
@@ -149,12 +156,23 @@ def _cell(score: float | None) -> str:
     return "-" if score is None else f"{score:.2f}"
 
 
-def show_side_by_side(answers: dict[str, Any]) -> None:
-    """The default and the steered answer, beside each other where the terminal is wide enough."""
+def show_side_by_side(streams: Iterable[tuple[str, "Token"]], steering: list[dict[str, Any]]) -> None:
+    """The default and the steered answer beside each other: growing on a terminal, else when both are whole."""
+    told = [f"feature {s['feature']}, {s['method']} {s['strength']:g}: {s['label']}" for s in steering]
+    out.print("; ".join(told), markup=False)
+    texts = {"default": "", "steered": ""}
+    growing = Live(console=out, auto_refresh=False, transient=True) if out.is_terminal else nullcontext()
+    with growing as live:
+        for name, token in streams:
+            texts[name] += token.text
+            if live is not None:
+                live.update(_panels(texts), refresh=True)
+    out.print(_panels(texts))
+
+
+def _panels(texts: dict[str, str]) -> Columns:
     width = max(30, out.width // 2 - 2)
-    panels = [Panel(Text(answers[key]), title=key, width=width) for key in ("default", "steered")]
-    out.print(Text("; ".join(f"feature {c['feature']} at {c['strength']:g}x: {c['label']}" for c in answers["clamps"])))
-    out.print(Columns(panels))
+    return Columns([Panel(Text(text), title=name, width=width) for name, text in texts.items()])
 
 
 def _tokens(strings: list[str]) -> str:

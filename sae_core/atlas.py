@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import duckdb
 from filelock import FileLock
 
-from sae_core.artifacts import ArtifactError, ArtifactStore, write_atomically
+from sae_core.artifacts import ArtifactError, ArtifactStore, Made, write_atomically
 from sae_core.errors import MindAtlasError
 from sae_core.features import Example, FeatureRow, Features
 from sae_core.generations import served
+from sae_core.labels.reader import BEST_SCORE
 from sae_core.names import DictionarySpec, Site
 from sae_core.settings import DOCUMENTED
 
@@ -34,6 +35,7 @@ _TABLES = {
     "labels": ("labels", "labels.parquet"),
     "neighbors": ("neighbors", "neighbors.parquet"),
     "map": ("feature_map", "map.parquet"),
+    "steering": ("steering", "scores.parquet"),
     "training": ("dictionary", "metrics.parquet"),
     "documents": ("corpus", "documents.parquet"),
 }
@@ -111,6 +113,8 @@ class FeatureCard:
     examples: list[Example]
     neighbors: list[Neighbor]
     place: Place | None
+    steering: dict[str, Any] | None
+    """Its row of `scores.parquet`: how well it steers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +147,7 @@ class Filters(NamedTuple):
     min_density: float = 0.0
     max_density: float = 1.0
     min_score: float | None = None
-    """Of the label, by the first of `SCORES` that it has."""
+    """Of the label, see `labels.reader.BEST_SCORE`."""
     kind: str = ""
     """The label's: `input`, `output`, `both`, `unclear`."""
     cluster: int | None = None
@@ -165,9 +169,6 @@ SORTS = {
     "number": "feature",
 }
 """How found features may be sorted."""
-
-SCORES = ("detection", "fuzzing", "embedding")
-"""What says how far to believe a label, the best to go by first."""
 
 
 class Atlas:
@@ -298,8 +299,7 @@ class Atlas:
         """The features of a query with columns feature, total and why, filtered and in order."""
         if sort not in SORTS:
             raise SearchError(f"{sort!r} is no order: choose one of {', '.join(SORTS)}")
-        each = (f"list_filter(scores, lambda s: s.scorer = '{name}')[1].score" for name in SCORES)
-        score = f"coalesce({', '.join(each)})" if self.has_scores else "NULL::DOUBLE"
+        score = BEST_SCORE if self.has_scores else "NULL::DOUBLE"
         nothing = "SELECT NULL::INT AS feature, '' AS label, '' AS kind, NULL::INT AS cluster"
         labels = f"SELECT feature, label, kind, {score} AS label_score FROM labels"
         labels = labels if "kind" in self._columns("labels") else f"SELECT *, {score} AS label_score FROM ({nothing})"
@@ -352,7 +352,12 @@ class Atlas:
             examples=self.features.examples(feature),
             neighbors=[Neighbor(n["neighbor"], self.name(n["neighbor"]), n["cosine"]) for n in nearest],
             place=Place(**place[0]) if place else None,
+            steering=next(iter(self._about(feature, "steering", "*")), None),
         )
+
+    def suggested_strength(self, feature: int) -> float | None:
+        """The largest strength at which its texts were fluent; None where none was looked for."""
+        return next((row["suggested_strength"] for row in self._about(feature, "steering", "*")), None)
 
     def explain(self, lm: "LanguageModel", text: str, per_token: int = 5) -> list[ExplainedToken]:
         """For each token of `text`, the (at most) `per_token` features that fire most strongly on it.
@@ -380,8 +385,7 @@ class Atlas:
     @cached_property
     def sink_norm(self) -> float:
         """Norm above which a token counted as an attention sink in the harvest."""
-        harvest = self.store.get("activations", self.site.slug).manifest
-        return float(harvest.summary["median_norm"] * harvest.settings["sink_norm"])
+        return sink_norm(self.store.get("activations", self.site.slug))
 
     @cached_property
     def _names(self) -> dict[int, str]:
@@ -423,6 +427,11 @@ class Atlas:
 
     def _query(self, sql: str, parameters: list[Any] | None = None) -> list[tuple[Any, ...]]:
         return self._database.cursor().execute(sql, parameters or []).fetchall()
+
+
+def sink_norm(harvest: Made) -> float:
+    """Norm above which a token counted as an attention sink in a harvest."""
+    return float(harvest.manifest.summary["median_norm"] * harvest.manifest.settings["sink_norm"])
 
 
 def write_views(store: ArtifactStore) -> Path:

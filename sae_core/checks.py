@@ -113,6 +113,19 @@ CHECKS: dict[str, list[Check]] = {
     "feature_map": [
         Check("placed", "Share of features with a place on the map.", _number("placed"), lambda w, o: Bounds(low=1)),
     ],
+    "steering": [
+        Check(
+            "scored", "Features whose output score is no number.",
+            _number("n_not_finite"), lambda wanted, order: Bounds(high=0),
+        ),
+    ],
+    "steering_report": [
+        Check(
+            "controls", "Concept rate of random directions, over that of the model as it is (plus one in a thousand).",
+            lambda s: s.get("rate_random_direction", 0) / (s.get("rate_base", 0) + 1e-3),
+            lambda wanted, order: Bounds(high=5), warns=True,
+        ),
+    ],
     "labels": [
         Check(
             "labeled", "Share of the features asked for that got a written label.",

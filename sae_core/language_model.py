@@ -4,9 +4,10 @@ Captures and edits go through PyTorch's hooks and change no weight; one model se
 """
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -221,6 +222,36 @@ class LanguageModel:
         with self._attached(hook, layer, fn):
             yield
 
+    @contextmanager
+    def resumed(self, layer: int, acts: Float[Tensor, "batch length d_model"]) -> Iterator[None]:
+        """Inside the `with`, forward passes begin at `layer`, whose input is `acts`; what comes before costs nothing.
+
+        The tokens of such a pass say its shape and no more. Models in which later layers read more than the residual
+        stream give other logits: compare once.
+        """
+
+        def skip(as_tuple: bool, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+            return (hidden_states, None) if as_tuple else hidden_states
+
+        with ExitStack() as stack:
+            for module, as_tuple in zip(self._layers[:layer], self._as_tuple, strict=False):
+                module.forward = partial(skip, as_tuple)
+                stack.callback(module.__dict__.pop, "forward")
+            stack.enter_context(self.edit("resid_pre", layer, lambda _: acts))
+            yield
+
+    @cached_property
+    @torch.no_grad()
+    def _as_tuple(self) -> list[bool]:
+        """Whether each layer returns a tuple."""
+        found: list[bool] = []
+        with ExitStack() as stack:
+            for module in self._layers:
+                look = module.register_forward_hook(lambda _, __, output: found.append(isinstance(output, tuple)))
+                stack.callback(look.remove)
+            self._decoder(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+        return found
+
     @torch.no_grad()
     def logits(
         self, token_ids: Int[Tensor, "batch length"], segments: Int[Tensor, "batch length"] | None = None
@@ -266,27 +297,14 @@ class LanguageModel:
         Raises:
             ModelError: the prompt is empty or fills the model's context, or the temperature is negative or NaN.
         """
-        if not temperature >= 0:
-            raise ModelError(f"temperature = {temperature}: give 0 or more")
-        ids = self._encode(prompt)
-        room = max_tokens if self.context is None else min(max_tokens, self.context - len(ids))
-        return _whole_characters(self.tokenizer, self._continue(ids, room, temperature, seed))
+        from sae_core.generation import Sampling, read_prompt, stream  # which is made of this module
 
-    def _continue(self, ids: list[int], max_tokens: int, temperature: float, seed: int) -> Iterator[int]:
-        """Token ids that follow, up to the end of the answer."""
-        rng = torch.Generator(self.device).manual_seed(seed)
-        stop, cache, step = self._stop_ids, None, ids
-        for _ in range(max_tokens):
-            with torch.no_grad():
-                batch = torch.tensor([step], device=self.device)
-                out = self.model(batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                token = _draw(out.logits[0, -1].float(), temperature, rng)
-            if token in stop:
-                return
-            yield token
-            cache, step = out.past_key_values, [token]
+        for token in stream(self, read_prompt(self, prompt), Sampling(max_tokens, temperature, seed=seed)):
+            if token.text:
+                yield token.text
 
-    def _encode(self, prompt: str | Sequence[Message]) -> list[int]:
+    def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
+        """Tokens of a prompt, as `generate` reads it. Raises ModelError when it is empty or fills the context."""
         if isinstance(prompt, str):
             ids = self.tokenizer(prompt)["input_ids"]
         elif self.tokenizer.chat_template:
@@ -298,8 +316,13 @@ class LanguageModel:
         self._check_length(len(ids) + 1)
         return ids
 
+    def room(self, length: int) -> int:
+        """Tokens for which the context has room after so many."""
+        return sys.maxsize if self.context is None else self.context - length
+
     @cached_property
-    def _stop_ids(self) -> set[int]:
+    def stop_ids(self) -> set[int]:
+        """Tokens with which the model ends what it says."""
         ends = self.model.generation_config.eos_token_id
         return {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id} - {None}
 
@@ -416,32 +439,3 @@ def places(segments: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length"]
     starts = torch.ones_like(segments, dtype=torch.bool)
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
     return columns - (columns * starts).cummax(dim=1).values
-
-
-def _draw(logits: Float[Tensor, " vocab"], temperature: float, rng: torch.Generator) -> int:
-    if temperature == 0:
-        return int(logits.argmax())
-    return int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=rng))
-
-
-def _whole_characters(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
-    """Text of a stream of tokens; what ends in part of a character waits for the rest of it.
-
-    Each piece is what the newest tokens add to the text of those just before, on which a token's text may depend.
-    """
-    before: list[int] = []
-    new: list[int] = []
-    piece = ""
-
-    def added() -> str:
-        text = tokenizer.decode(before + new, skip_special_tokens=True)
-        return text[len(tokenizer.decode(before, skip_special_tokens=True)) :]
-
-    for token in tokens:
-        new.append(token)
-        piece = added()
-        if piece and not piece.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield piece
-            before, new, piece = new, [], ""
-    if piece:
-        yield piece

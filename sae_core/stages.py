@@ -2,7 +2,9 @@
 
     corpus -> activations -> dictionary -> features -> labels
                                        -> neighbors -> labels
-                                       -> feature_map    and, of all together: atlas
+                                       -> feature_map
+                                       -> steering       and, of all together: atlas
+    steering -> steering_report
 
 and, when they are asked for, the reports `safety` and `multilingual`, which read the dictionary and its features.
 
@@ -18,8 +20,8 @@ from sae_core.settings import Settings
 from sae_core.study import CorpusSettings, DictionarySettings, LabelSettings, ModelSettings, Study
 
 VERSIONS = {
-    "corpus": 1, "activations": 1, "dictionary": 2, "features": 2, "neighbors": 1, "feature_map": 1, "labels": 3,
-    "atlas": 1,
+    "corpus": 1, "activations": 1, "dictionary": 2, "features": 2, "neighbors": 1, "feature_map": 1, "steering": 1,
+    "labels": 3, "atlas": 1, "steering_report": 1,
 }  # fmt: skip
 
 ON_DEMAND = {"safety": 1, "multilingual": 1}
@@ -51,9 +53,13 @@ def _dictionary_recipes(
     yield features
     neighbors = _recipe("neighbors", slug, _settings(study.neighbors), trained)
     feature_map = _recipe("feature_map", slug, _settings(study.feature_map), trained)
+    steering = _recipe("steering", slug, _settings(study.steering), activations, trained, features)
     labels = _recipe("labels", slug, _label_settings(study.labels), features, neighbors)
-    yield from (neighbors, feature_map, labels)
-    yield _recipe("atlas", slug, {}, corpus, activations, trained, features, neighbors, feature_map, labels)
+    parts = (neighbors, feature_map, steering, labels)
+    yield from parts
+    yield _recipe("atlas", slug, {}, corpus, activations, trained, features, *parts)
+    report = _settings(study.steering_report)
+    yield _recipe("steering_report", slug, report, activations, trained, features, steering)
     if on_demand:
         parents = (corpus, activations, trained, features)
         yield _recipe("safety", slug, _safety_settings(study), *parents)

@@ -1,125 +1,200 @@
-"""Steering: change features of the activations while the model runs."""
+"""Steering: change features of the activations while the model runs.
+
+Exact and cheap: one encoder row and one decoder row a feature; what the dictionary does not explain stays as it is.
+"""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae_core.atlas import Atlas
 from sae_core.dictionary import Dictionary
 from sae_core.errors import MindAtlasError
-from sae_core.language_model import Edit, LanguageModel, Message
+from sae_core.language_model import LanguageModel
 from sae_core.names import Site
+
+Method = Literal["clamp", "add", "scale", "min_clamp"]
+Scope = Literal["all", "generated", "last_turn", "no_special"]
+"""Positions that are steered: all; those of generated tokens only, so that the first is drawn as always; all from what
+the last user turn says; all but those of the tokenizer's special tokens. Attention sinks never are."""
+
+ABSURD = 20.0
+"""Above this many maxima, texts of any model seen so far repeat one token (Templeton et al. 2024 went to 10, and to 20
+for one feature)."""
+_ROUNDING = 1e-6
+"""Smaller changes, as a share of the feature's activation, are what float32 sums in another order differ by."""
 
 
 class SteeringError(MindAtlasError):
     """A feature or a strength that one cannot steer with."""
 
 
-class Clamp(NamedTuple):
-    """A feature, held at `strength` times its own maximum over the corpus; 0 takes it away, less than 0 opposes it."""
+class Steer(NamedTuple):
+    """What is done to a feature whose activation is f and whose maximum over the corpus is m.
+
+    | method      | f becomes           | strength                                |
+    | ----------- | ------------------- | --------------------------------------- |
+    | `clamp`     | strength * m        | 0 takes it away, less than 0 opposes it |
+    | `add`       | f + strength * m    | 0 leaves it                             |
+    | `scale`     | strength * f        | 0 takes it away, 1 leaves it, 2 doubles |
+    | `min_clamp` | max(f, strength * m)| not negative                            |
+    """
 
     feature: int
     strength: float
+    method: Method = "clamp"
 
 
-class Answers(NamedTuple):
-    """What a model says to a prompt by itself, and what it says when it is steered."""
+class Steering:
+    """An edit of a dictionary's site that changes features, for `LanguageModel.edit` or `generation.generate`.
 
-    default: str
-    steered: str
+        x' = x + sum_i (t_i - f_i(x)) * W_dec[i]
 
+    with t_i as `Steer` says. This is the reconstruction from the changed features, plus the reconstruction error of x,
+    which stays as it is (Templeton et al. 2024, "Methodological details" of steering). All f_i are those of the
+    unchanged x: the features are changed together, in no order. Computed in float32 and returned in the type of x;
+    where every t_i = f_i, x comes back bit for bit.
 
-def clamp_edit(
-    dictionary: Dictionary, clamps: Sequence[Clamp], max_acts: Float[Tensor, " d_sae"], sink_norm: float = math.inf
-) -> Callable[[Float[Tensor, "batch length d_model"]], Float[Tensor, "batch length d_model"]]:
-    """An edit of the dictionary's site, for `LanguageModel.edit`, that clamps features at every position.
-
-        x' = x + sum_i (c_i - f_i(x)) * W_dec[i]        with c_i = strength_i * max_acts[i]
-
-    This is the reconstruction with the features clamped, plus the reconstruction error of x, which stays as it is
-    (Templeton et al. 2024, "Methodological details" of steering). All f_i are those of the unchanged x. Computed in
-    float32 and returned in the type of x; where f_i = c_i already, x comes back bit for bit. `dictionary`
-    and `max_acts` lie on the model's device. Rows whose norm exceeds `sink_norm` stay as they are: an attention sink,
-    which no dictionary is trained on, would read as an absurd f_i, and undoing that ruins all that follows it.
-
-    Raises:
-        SteeringError: a feature does not exist, never fires, or is named twice; or a strength is not finite.
-    """
-    _check(clamps, max_acts)
-    if not clamps:
-        return lambda x: x
-    chosen = torch.tensor([clamp.feature for clamp in clamps], device=max_acts.device)
-    target = torch.tensor([clamp.strength for clamp in clamps], device=max_acts.device) * max_acts[chosen].float()
-    W_dec, encode = dictionary.W_dec[chosen], _encoder(dictionary, chosen)
-
-    def edit(x: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "batch length d_model"]:
-        rows = x.reshape(-1, x.shape[-1]).float()
-        change = (target - encode(rows)) @ W_dec
-        change[rows.norm(dim=1) > sink_norm] = 0
-        return (rows + change).to(x.dtype).view_as(x)
-
-    return edit
-
-
-def atlas_edit(
-    atlas: Atlas, clamps: Sequence[Clamp]
-) -> Callable[[Float[Tensor, "batch length d_model"]], Float[Tensor, "batch length d_model"]]:
-    """As `clamp_edit`, of an atlas's dictionary, with the maxima of its features and the bound of its sinks.
-
-    Raises also ArtifactError, when the dictionary is not there any more.
-    """
-    max_acts = torch.tensor(atlas.features.table()["max_act"].to_numpy())
-    return clamp_edit(atlas.load_dictionary(), clamps, max_acts, atlas.sink_norm)
-
-
-def default_and_steered(
-    lm: LanguageModel,
-    site: Site,
-    edit: Edit,
-    prompt: str | Sequence[Message],
-    max_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> Answers:
-    """The model's answer as it is, and with the edit at the site; arguments and errors as in `LanguageModel.generate`.
-
-    Both draw with the same seed.
+    Attributes:
+        site: where the dictionary reads the model.
+        steers: what is done.
+        scope: at which positions, for `generation.generate`, which knows the tokens.
     """
 
-    def answer() -> str:
-        return "".join(lm.generate(prompt, max_tokens, temperature, seed))
+    def __init__(
+        self,
+        site: Site,
+        dictionary: Dictionary,
+        steers: Sequence[Steer],
+        max_acts: Float[Tensor, " d_sae"],
+        *,
+        sink_norm: float = math.inf,
+        scope: Scope = "all",
+        rows: Bool[Tensor, "batch steers"] | None = None,
+        directions: Float[Tensor, "steers d_model"] | None = None,
+    ) -> None:
+        """Prepare the edit.
 
-    default = answer()
-    with lm.edit(site.hook, site.layer, edit):
-        return Answers(default, answer())
+        Args:
+            site: where the dictionary reads the model.
+            dictionary: on the model's device.
+            steers: what is done; none changes nothing.
+            max_acts: maxima of all features.
+            sink_norm: activations of a larger norm stay as they are: an attention sink, which no dictionary is
+                trained on, would read as an absurd f_i, and undoing that ruins all that follows it.
+            scope: which positions are steered.
+            rows: which of `steers` apply to each row of a batch, when not all do.
+            directions: what stands in for the decoder rows (for controls).
+
+        Raises:
+            SteeringError: a feature does not exist, never fires, or is named twice for the same rows; a strength is
+                not finite, or negative with `min_clamp`; a method or scope is none.
+        """
+        _check(steers, max_acts, scope, repeats=rows is not None)
+        self.site, self.steers, self.scope = site, tuple(steers), scope
+        device = dictionary.device
+        chosen = torch.tensor([steer.feature for steer in steers], dtype=torch.long)
+        maxima = max_acts.cpu().double()[chosen].tolist()
+        goals = [s.strength * m if s.method != "scale" else 0.0 for s, m in zip(steers, maxima, strict=True)]
+        kept = [{"add": 1.0, "scale": s.strength}.get(s.method, 0.0) for s in steers]
+        self._goal = torch.tensor(goals, device=device)
+        self._kept = torch.tensor(kept, device=device) - 1
+        self._least = torch.tensor([s.method == "min_clamp" for s in steers], dtype=torch.bool, device=device)
+        self._encode = _Part(dictionary, chosen.to(device))
+        self._directions = dictionary.W_dec[chosen.to(device)] if directions is None else directions.to(device)
+        self._rows = None if rows is None else rows.to(device)
+        self._sink_norm = sink_norm
+
+    @classmethod
+    def of(cls, atlas: Atlas, steers: Sequence[Steer], scope: Scope = "all", device: str = "cpu") -> "Steering":
+        """With an atlas's dictionary, the maxima of its features and the bound of its sinks.
+
+        Raises also ArtifactError, when the dictionary is not there any more.
+        """
+        dictionary = atlas.load_dictionary().to(device)
+        return cls(atlas.site, dictionary, steers, max_acts(atlas), sink_norm=atlas.sink_norm, scope=scope)
+
+    def applied(
+        self, lm: LanguageModel, where: Bool[Tensor, "batch length"] | None = None
+    ) -> AbstractContextManager[None]:
+        """Inside the `with`, every forward pass is steered, at the positions `where` (default: all)."""
+        return lm.edit(self.site.hook, self.site.layer, partial(self, where=where))
+
+    def __call__(
+        self, x: Float[Tensor, "batch length d_model"], where: Bool[Tensor, "batch length"] | None = None
+    ) -> Float[Tensor, "batch length d_model"]:
+        if not self.steers:
+            return x
+        plain = x.float()
+        acts = self._encode(plain)
+        change = self._kept * acts + self._goal
+        change = torch.where(self._least, change.clamp(min=0), change)
+        change[change.abs() <= _ROUNDING * acts.abs()] = 0
+        still = plain.norm(dim=-1) > self._sink_norm
+        if where is not None:
+            still = still | ~where
+        change[still] = 0
+        if self._rows is not None:
+            change = change * self._rows[:, None]
+        return (plain + change @ self._directions).to(x.dtype)
 
 
-def _check(clamps: Sequence[Clamp], max_acts: Float[Tensor, " d_sae"]) -> None:
-    for feature, strength in clamps:
+def max_acts(atlas: Atlas) -> Float[Tensor, " d_sae"]:
+    """The largest activation of each feature over the corpus."""
+    return torch.tensor(atlas.features.table()["max_act"].to_numpy())
+
+
+def cautions(atlas: Atlas, steers: Sequence[Steer]) -> list[str]:
+    """What a person should know of strengths that are allowed and will hardly do good."""
+    found = []
+    for feature, strength, method in steers:
+        suggested = atlas.suggested_strength(feature)
+        if abs(strength) > ABSURD:
+            found.append(f"feature {feature}: at {strength:g} times its maximum the text will be degenerate")
+        elif method == "clamp" and suggested is not None and strength > suggested:
+            found.append(f"feature {feature}: above its suggested strength of {suggested:g} the text may be degenerate")
+    return found
+
+
+class _Part:
+    """Computes a few features alone, except where each fires only if it is among the largest of all."""
+
+    def __init__(self, dictionary: Dictionary, features: Tensor) -> None:
+        self._whole, self._features = dictionary, features
+        self._W_enc, self._b_enc = dictionary.W_enc[:, features].contiguous(), dictionary.b_enc[features]
+        self._threshold = dictionary.threshold[features]
+
+    def __call__(self, x: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "batch length features"]:
+        if self._whole.rank_scale is not None:
+            acts = self._whole.encode(x.flatten(0, 1))[:, self._features]
+            return acts.view(*x.shape[:-1], -1)
+        z = x @ self._W_enc + self._b_enc
+        return z * (z > self._threshold)
+
+
+def _check(steers: Sequence[Steer], max_acts: Tensor, scope: Scope, *, repeats: bool) -> None:
+    if scope not in get_args(Scope):
+        raise SteeringError(f"scope {scope!r} is none: give one of {', '.join(get_args(Scope))}")
+    for feature, strength, method in steers:
         if not 0 <= feature < len(max_acts):
             raise SteeringError(f"feature {feature} does not exist: the dictionary has 0 to {len(max_acts) - 1}")
+        if method not in get_args(Method):
+            raise SteeringError(f"method {method!r} is none: give one of {', '.join(get_args(Method))}")
         if not math.isfinite(strength):
             raise SteeringError(f"feature {feature}: strength {strength} is no number: try 5, 10 or -2")
         if not max_acts[feature] > 0:
-            raise SteeringError(f"feature {feature} never fires on the corpus, so it has no strength: choose another")
-    if len({clamp.feature for clamp in clamps}) < len(clamps):
-        raise SteeringError("a feature is clamped twice: give each feature one strength")
-
-
-def _encoder(dictionary: Dictionary, features: Tensor) -> Callable[[Tensor], Tensor]:
-    """Computes these features alone, except where each fires only if it is among the largest of all."""
-    if dictionary.rank_scale is not None:
-        return lambda rows: dictionary.encode(rows)[:, features]
-    part = Dictionary(
-        dictionary.W_enc[:, features],
-        dictionary.b_enc[features],
-        dictionary.W_dec[features],
-        dictionary.b_dec,
-        dictionary.threshold[features],
-        dictionary.config,
-    )
-    return part.encode
+            raise SteeringError(
+                f"feature {feature} is dead: it never fires on the corpus, so it has no strength: choose another"
+            )
+        if method == "min_clamp" and strength < 0:
+            raise SteeringError(
+                f"feature {feature}: min_clamp at {strength:g} changes nothing: give 0 or more, or clamp"
+            )
+    if not repeats and len({steer.feature for steer in steers}) < len(steers):
+        raise SteeringError("a feature is steered twice: give each feature one strength")

@@ -106,7 +106,8 @@ class Studies:
         _enter(self.sites, study.site.slug, Order(study, None), "model", "corpus", "activations")
         for dictionary in study.dictionaries:
             slug = study.spec(dictionary).slug
-            sections = ("dictionary", "features", "neighbors", "feature_map", "labels", "safety", "multilingual")
+            after = ("features", "neighbors", "feature_map", "labels", "steering", "steering_report")
+            sections = ("dictionary", *after, "safety", "multilingual")
             _enter(self.dictionaries, slug, Order(study, dictionary), *sections)
 
 

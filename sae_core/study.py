@@ -268,6 +268,52 @@ class FeatureMapSettings(Settings):
     """Layout; with a seed UMAP runs on one thread and repeats exactly."""
 
 
+class SteeringSettings(Settings):
+    """How well each feature steers: an output score for all, a suggested strength for those with the best."""
+
+    probe_strength: float = Field(2.0, gt=0)
+    """Strength, in maxima of the feature, at which output scores are taken; at more, every direction has an effect."""
+    promoted_tokens: int = Field(10, ge=1)
+    """Tokens of each feature whose ranks are watched."""
+    scored: int | None = Field(None, ge=0)
+    """Features that get an output score, by largest maximum; empty: every live one. On two cores a feature of
+    SmolLM2-135M costs about 30 ms."""
+    suggested: int = Field(16, ge=0)
+    """Features, by output score, for which a strength is looked for."""
+    strengths: list[float] = Field([0.5, 1, 1.5, 2, 3, 4], min_length=1)
+    """Strengths that are tried, in maxima of the feature."""
+    max_tokens: int = Field(24, ge=4)
+    """Tokens of each text."""
+    temperature: float = Field(0.7, ge=0)
+    """Of the texts."""
+    perplexity_ratio_max: float = Field(2.0, ge=1)
+    """A strength is fluent while the perplexity of its texts, under the model as it is, stays below this many times
+    that of the model's own texts,"""
+    repetition_max: Share = 0.25
+    """and while no more than this share of their token triples was there before."""
+    seed: int = 0
+    """Of the texts, and of the directions drawn as controls."""
+
+
+class SteeringReportSettings(Settings):
+    """What steering does and what controls do, measured on texts."""
+
+    features: int = Field(16, ge=0)
+    """Features, by output score."""
+    seeds: int = Field(1, ge=1)
+    """Texts of each prompt, feature and strength."""
+    max_tokens: int = Field(24, ge=4)
+    """Tokens of each text."""
+    temperature: float = Field(0.7, ge=0)
+    """Of the texts."""
+    strengths: list[float] = Field([0.5, 1, 2, 3, 4], min_length=1)
+    """Strengths among which half the prompts choose."""
+    perplexity_ratio_max: float = Field(2.0, ge=1)
+    """The strength of the highest concept rate is chosen among those that stay below this."""
+    seed: int = 0
+    """Of the texts and the controls."""
+
+
 class LabelSettings(Settings):
     """Short names for features, written by a language model from examples."""
 
@@ -393,6 +439,8 @@ class Study(Settings):
     features: FeatureSettings = FeatureSettings()
     neighbors: NeighborSettings = NeighborSettings()
     feature_map: FeatureMapSettings = FeatureMapSettings()
+    steering: SteeringSettings = SteeringSettings()
+    steering_report: SteeringReportSettings = SteeringReportSettings()
     labels: LabelSettings = LabelSettings()
     safety: SafetySettings = SafetySettings()
     multilingual: MultilingualSettings = MultilingualSettings()

@@ -122,7 +122,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def tiny_atlas(tiny_study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Root of a store that holds the tiny study's stages up to the labels, made by the pipeline. To be read only."""
+    """Root of a store that holds all of the tiny study's stages, made by the pipeline. To be read only."""
     import dagster as dg
 
     from assets.partitions import STUDIES
@@ -132,5 +132,5 @@ def tiny_atlas(tiny_study: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     root = tmp_path_factory.mktemp("tiny-atlas")
     with dg.DagsterInstance.ephemeral() as instance:
         workshop = Workshop(root=str(root), device="cpu")
-        assert list(bring_up_to_date(STUDIES.get("tiny"), workshop, instance, until="labels", log_level="CRITICAL"))
+        assert list(bring_up_to_date(STUDIES.get("tiny"), workshop, instance, log_level="CRITICAL"))
     return root

@@ -36,6 +36,14 @@ SCHEMA = pa.schema(
 )  # fmt: skip
 
 
+BEST_SCORE = "coalesce({})".format(
+    ", ".join(
+        f"list_filter(scores, lambda s: s.scorer = '{s}')[1].score" for s in ("detection", "fuzzing", "embedding")
+    )
+)
+"""SQL of how far to believe a label: the score of the scorer that goes the furthest; NULL where there is none."""
+
+
 class LabelError(MindAtlasError):
     """Labels that cannot be made or read."""
 

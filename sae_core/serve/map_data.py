@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Float64, Int64
 
 from sae_core.artifacts import ArtifactStore
 from sae_core.features import Features
-from sae_core.labels.reader import LABELS
+from sae_core.labels.reader import BEST_SCORE, LABELS
 from sae_core.settings import fingerprint
 
 MAP = "map.parquet"
@@ -137,10 +137,19 @@ class MapData:
         columns = {name: column[rows] for name, column in place.items()}
         feature = columns["feature"]
         columns["density"] = self._features.table()["density"].to_numpy()[feature].astype(np.float32)
-        has = self._labels is not None and "score" in self._labels.column_names
-        scores = self._labels["score"].to_numpy() if self._labels is not None and has else np.array([np.nan])
-        columns["score"] = scores[feature if has else np.zeros_like(feature)].astype(np.float32)
+        columns["score"] = self._scores()[feature].astype(np.float32)
         return columns
+
+    def _scores(self) -> Float64[np.ndarray, " d_sae"]:
+        """How far to believe each label; NaN where it has no score."""
+        if self._labels is None or "scores" not in self._labels.column_names:
+            return np.full(self._features.table().num_rows, np.nan)
+        database = duckdb.connect()
+        database.register("labels", self._labels)
+        found = database.execute(
+            f"SELECT CAST({BEST_SCORE} AS DOUBLE) AS score FROM labels ORDER BY feature"
+        ).fetchnumpy()
+        return np.ma.filled(found["score"], np.nan)
 
     @cached_property
     def _names(self) -> pa.Array | None:

@@ -16,8 +16,9 @@ from sae_core.artifacts import ArtifactStore
 from sae_core.checks import CHECKS
 from sae_core.features import Features
 from sae_core.labels import Labels
+from sae_core.stages import VERSIONS
 
-STAGES = ["corpus", "activations", "dictionary", "features", "neighbors", "feature_map", "labels", "atlas"]
+STAGES = list(VERSIONS)
 
 
 def slug(stage: str) -> str:

@@ -47,21 +47,22 @@ def home(tiny_study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("home")
     done = run("run", str(tiny_study), home=home, cwd=home, check=True)
     assert "What to do next" in done.stdout
-    assert done.stderr.count(": made (never made)") == 7
+    assert done.stderr.count(": made (never made)") == 9
     return home
 
 
 def test_a_second_run_does_no_work_and_says_so(home: Path):
     before = {p: p.stat().st_mtime_ns for p in home.rglob("manifest.json")}
     done = run("run", "tiny", home=home, check=True)
-    assert done.stderr.count(": cached") == 7
+    assert done.stderr.count(": cached") == 9
     assert {p: p.stat().st_mtime_ns for p in home.rglob("manifest.json")} == before
 
 
 def test_a_study_given_by_path_is_known_by_name_afterwards(home: Path, tiny_study: Path):
     assert (home / "studies" / "tiny.toml").resolve() == tiny_study.resolve()
     rows = json.loads(run("status", "tiny", "--json", home=home, check=True).stdout)
-    assert [row["state"] for row in rows] == ["made"] * len(VERSIONS)
+    states = ["made"] * (len(VERSIONS) - 1) + ["missing"]  # the report is made when it is asked for
+    assert [row["state"] for row in rows] == states
 
 
 def test_status_says_what_is_stale_and_why(home: Path, tiny_study: Path):
@@ -73,7 +74,7 @@ def test_status_says_what_is_stale_and_why(home: Path, tiny_study: Path):
         tiny_study.write_text(old, "utf-8")
     why = {row["stage"]: row["why"] for row in rows if row["state"] == "stale"}
     assert why["dictionary"] == "lr: made with null, now 0.01"
-    assert why.keys() == {"dictionary", "features", "neighbors", "feature_map", "labels", "atlas"}
+    assert why.keys() == {"dictionary", "features", "neighbors", "feature_map", "steering", "labels", "atlas"}
 
 
 def test_features_are_found_shown_and_explained(home: Path):
@@ -124,7 +125,7 @@ def test_chosen_features_are_labeled_after_a_look_at_the_cost(
     number = next(hit["feature"] for hit in hits if hit["label"] != "a thing")
     assert "a thing" in command("label", "--feature", str(number)).stdout
     assert len(httpserver.log) == 3
-    assert command("run", "tiny").stderr.count(": cached") == 7
+    assert command("run", "tiny").stderr.count(": cached") == 8
     assert json.loads(command("feature", str(number), "--json").stdout)["name"] == "a thing"
 
 
@@ -234,7 +235,7 @@ def test_a_damaged_file_is_found_named_removed_and_made_again(home: Path, tmp_pa
     damaged = {v["artifact"].partition("/")[0]: v["damage"] for v in json.loads(found.stdout) if v["damage"]}
     assert damaged == {"activations": {shard.name: f"{shard.name} has other content than was written"}}
     assert "1 damaged files: removed" in found.stderr
-    assert run("run", "tiny", "--workers", "1", home=copy, check=True).stderr.count(": cached") == 6
+    assert run("run", "tiny", "--workers", "1", home=copy, check=True).stderr.count(": cached") == 7
     assert shard.read_bytes() == calm
     assert "as they were made" in run("verify", home=copy, check=True).stdout
 

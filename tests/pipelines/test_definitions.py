@@ -42,8 +42,10 @@ def test_lineage_runs_from_the_corpus_to_the_labels():
     assert parents["dictionary"] == {"activations", "corpus"}
     assert parents["features"] == {"dictionary", "activations", "corpus"}
     assert parents["labels"] == {"features"}
+    assert parents["steering"] == {"activations", "dictionary", "features"}
+    assert parents["steering_report"] == parents["steering"] | {"steering"}
     assert parents["neighbors"] == parents["feature_map"] == {"dictionary"}
-    assert parents["atlas"] == set(VERSIONS) - {"atlas"}
+    assert parents["atlas"] == set(VERSIONS) - {"atlas", "steering_report"}
     assert parents["safety"] == parents["multilingual"] == {"features"}
 
 
@@ -102,7 +104,7 @@ def test_bringing_a_study_up_to_date_makes_each_stage_once_and_then_runs_nothing
         first = list(bring_up_to_date(study, workshop, instance))
         runs = instance.get_runs()
         assert {step.status.state for step in first} == {"missing"}
-        assert len(runs) == len(first) == len(VERSIONS)
+        assert len(runs) == len(first) == len(VERSIONS) - 1  # the report is made when it is asked for
         assert {run.status for run in runs} == {dg.DagsterRunStatus.SUCCESS}
         assert {step.status.state for step in bring_up_to_date(study, workshop, instance)} == {"made"}
         assert len(instance.get_runs()) == len(runs)
@@ -136,7 +138,8 @@ def test_one_changed_setting_remakes_what_follows_and_nothing_else(workshop: Wor
         list(bring_up_to_date(study, workshop, instance))
         changed = study.model_copy(update={"features": study.features.model_copy(update={"top_examples": 3})})
         states = {step.recipe.stage: step.status for step in plan(changed, workshop.store)}
-        assert {stage for stage, status in states.items() if status.state == "stale"} == {"features", "labels", "atlas"}
+        stale = {stage for stage, status in states.items() if status.state == "stale"}
+        assert stale == {"features", "labels", "steering", "atlas"}
         assert states["features"].why == "top_examples: made with 12, now 3"
         assert states["labels"].why == "features changes"
 

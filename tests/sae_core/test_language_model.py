@@ -22,7 +22,7 @@ from transformers import (
 
 from sae_core.display import display_strings
 from sae_core.errors import MindAtlasError
-from sae_core.language_model import LanguageModel, ModelError, _whole_characters, load_tokenizer, places
+from sae_core.language_model import LanguageModel, ModelError, load_tokenizer, places
 from sae_core.pretrained import _compact, _dequantized
 from sae_core.progress import silent
 from sae_core.study import ModelSettings
@@ -137,14 +137,14 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(lm: Language
 
 def test_messages_go_through_the_chat_template_and_text_does_not(lm: LanguageModel) -> None:
     prompt = "<|start|>user\nHello<|end|>\n<|start|>assistant\n"
-    assert lm._encode(TURNS) == lm._encode(prompt) != lm._encode("Hello")
+    assert lm.prompt_ids(TURNS) == lm.prompt_ids(prompt) != lm.prompt_ids("Hello")
 
 
 def test_without_a_chat_template_messages_are_plain_text(tiny_model: Path, tmp_path: Path) -> None:
     bare = shutil.copytree(tiny_model, tmp_path / "bare")
     (bare / "chat_template.jinja").unlink()
     bare_lm = LanguageModel.load(ModelSettings(source=str(bare)))
-    assert bare_lm._encode(TURNS) == bare_lm._encode("Hello")
+    assert bare_lm.prompt_ids(TURNS) == bare_lm.prompt_ids("Hello")
 
 
 def test_generation_stops_at_the_end_of_the_answer(lm: LanguageModel) -> None:
@@ -169,19 +169,6 @@ def test_generation_stops_at_the_end_of_the_answer(lm: LanguageModel) -> None:
 def test_a_prompt_that_cannot_be_continued_is_refused(lm: LanguageModel, prompt: str, options: dict, why: str) -> None:
     with pytest.raises(ModelError, match=why):
         list(lm.generate(prompt, **options))
-
-
-@given(st.text(alphabet="aé€😀 \n", max_size=12))
-def test_streamed_pieces_are_whole_characters_and_join_to_the_text(text: str) -> None:
-    class Bytes:
-        """One token a byte: the worst case."""
-
-        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-            return bytes(ids).decode("utf-8", errors="replace")
-
-    pieces = list(_whole_characters(Bytes(), iter(text.encode())))
-    assert "".join(pieces) == text
-    assert pieces == list(text)
 
 
 def test_token_strings_keep_spaces_and_show_byte_fragments(lm: LanguageModel) -> None:
@@ -349,7 +336,7 @@ def test_a_gguf_is_dequantized_once_and_is_the_same_model(
     assert made.stat().st_mtime_ns == changed
     plain = LanguageModel.load(ModelSettings(source=str(tiny_model)), precision="float32")
     torch.testing.assert_close(first.logits(ids), plain.logits(ids))
-    assert first._encode(TURNS) == plain._encode(TURNS)
+    assert first.prompt_ids(TURNS) == plain.prompt_ids(TURNS)
     assert len(load_file(made)) == len(load_file(tiny_model / "model.safetensors"))  # the tied weight is stored once
 
 

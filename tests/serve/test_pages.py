@@ -3,6 +3,7 @@
 import html
 import re
 import shutil
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from starlette.testclient import TestClient
 
 from sae_core.artifacts import ArtifactStore
 from sae_core.atlas import Atlas
+from sae_core.labels.reader import Score
 from sae_core.language_model import LanguageModel
 from sae_core.serve import create_app
 from sae_core.study import ModelSettings
@@ -72,6 +74,10 @@ def rewrite(file: Path, **columns: object) -> None:
         field = pa.array(values, table.schema.field(name).type) if name in table.column_names else pa.array(values)
         table = table.drop([name] if name in table.column_names else []).append_column(name, field)
     pq.write_table(table, file)
+
+
+def score(value: float) -> Score:
+    return Score("detection", value, 0.1, 0.9, 0.51, 0.5, 0.0, value, value, value, [value], 0.0, 12, 12)
 
 
 def open_client(store: ArtifactStore) -> TestClient:
@@ -256,7 +262,7 @@ def test_the_overview_tells_health_and_what_is_made(client: TestClient, atlas: A
     assert told["health"]["fvu"] == summary["fvu"]
     assert told["study"] == "tiny"
     missing = [stage["cure"] for stage in told["stages"] if not stage["made"]]
-    assert missing == ["mind-atlas run tiny --until atlas"]  # the fixture ends with the labels
+    assert missing == []
     page = read(client.get("/").text).text
     assert f"{summary['fvu']:.3f}" in page
     assert page.count("not yet:") == 1
@@ -319,14 +325,15 @@ def test_markup_in_corpus_label_and_query_is_text_everywhere(
 def test_scores_are_shown_when_labels_have_them(tiny_atlas: Path, atlas: Atlas, tmp_path: Path):
     store = copy(tiny_atlas, tmp_path)
     labels = store.get("labels", atlas.dictionary).folder / "labels.parquet"
-    rewrite(labels, detection=[i / 100 for i in range(64)], detection_low=0.1, detection_high=0.9,
-            detection_control=0.51, seed=[3] * 64)  # fmt: skip
+    scores = [[asdict(score(i / 100)) | {"shuffled": 0.51}] for i in range(64)]
+    rewrite(labels, scores=scores, beats_control=False)
     with open_client(store) as client:
         told = client.get(f"/api/features/{atlas.dictionary}/40").json()
         assert told["label"]["scores"] == [
             {"name": "detection", "value": 0.4, "low": 0.1, "high": 0.9, "control": 0.51}
         ]
         assert "0.510" in client.get(path(atlas, 40)).text
+        assert "no better than another's label" in client.get(path(atlas, 40)).text.replace("&#39;", "'")
         best = client.get("/api/search?min_score=0.6&sort=score").json()["hits"]
         assert [hit["feature"] for hit in best] == [63, 62, 61, 60]
 

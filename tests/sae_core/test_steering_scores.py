@@ -1,0 +1,249 @@
+"""Output scores, suggested strengths and the report, on the tiny model, against the whole model run one by one."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import BloomConfig, BloomForCausalLM
+
+from sae_core.dictionary import Dictionary
+from sae_core.language_model import LanguageModel
+from sae_core.names import Site
+from sae_core.steering import Steer, Steering
+from sae_core.steering_report import (
+    REPORTING,
+    Row,
+    bootstrap,
+    build_steering_report,
+    choose_features,
+    first_token_kl,
+    markdown,
+    raised,
+    read_report,
+)
+from sae_core.steering_scores import NEUTRAL, build_steering, live_features, output_effects, suggest_strengths
+from sae_core.steering_texts import Condition, Subject, concept_rate, measure_texts, repetition, write_texts
+from sae_core.study import ModelSettings, SteeringReportSettings, SteeringSettings
+
+D_SAE, DEAD, PLANTED = 12, 4, 7
+SITE = Site("tiny-llama", "resid_post", 3, "mini")
+SETTINGS = SteeringSettings(promoted_tokens=5, suggested=2, strengths=(0.5, 50.0), max_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def folders(lm: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A dictionary at the last layer, one of whose rows points at a token, and what its features promote."""
+    root = tmp_path_factory.mktemp("steering")
+    made = {name: root / name for name in ("dictionary", "features", "steering", "report")}
+    for folder in made.values():
+        folder.mkdir()
+    unembedding = lm.unembedding()
+    W_dec = torch.randn(D_SAE, 32, generator=torch.Generator().manual_seed(0))
+    W_dec[PLANTED] = unembedding[:, lm.tokenizer("bridge")["input_ids"][0]]
+    W_dec = torch.nn.functional.normalize(W_dec, dim=1)
+    zeros = torch.zeros(D_SAE)
+    config = {"architecture": "batch_top_k"}
+    Dictionary(W_dec.T.clone(), zeros, W_dec, torch.zeros(32), zeros.clone(), config).save(made["dictionary"])
+    promoted = (W_dec @ unembedding)[:, 3:].topk(4).indices + 3
+    rows = []
+    for i in range(D_SAE):
+        alive = i != DEAD
+        tokens = lm.token_strings(promoted[i])
+        rows.append({
+            "feature": i, "n_fired": 5 * alive, "density": 0.1 * alive, "max_act": (4.0 + i / 10) * alive,
+            "mean_act": 1.0 * alive, "is_dead": not alive, "promoted": tokens, "promoted_logits": [1.0] * 4,
+            "suppressed": [], "suppressed_logits": [], "histogram": [5], "top_tokens": [" the", "river", "??"],
+            "top_token_shares": [0.01, 0.5, 0.4],
+        })  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), made["features"] / "features.parquet")
+    pq.write_table(pa.table({"feature": [0]}), made["features"] / "examples.parquet")
+    return made
+
+
+@pytest.fixture(scope="module")
+def subject(lm: LanguageModel, folders: dict[str, Path]) -> Subject:
+    return Subject.open(lm, SITE, folders["dictionary"], folders["features"], math.inf)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> ModelSettings:
+    return ModelSettings(source=str(tiny_model))
+
+
+@pytest.fixture(scope="module")
+def scores(folders: dict[str, Path], model: ModelSettings) -> dict[str, Any]:
+    """The summary of the stage, which has been made."""
+    return build_steering(
+        SETTINGS, model, SITE, math.inf, folders["dictionary"], folders["features"], folders["steering"]
+    )
+
+
+def bloom() -> LanguageModel:
+    torch.manual_seed(1)
+    return LanguageModel(BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=3, n_head=4)), None)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_a_pass_resumed_at_a_layer_gives_the_logits_of_the_whole(lm: LanguageModel, family: str) -> None:
+    tested = lm if family == "llama" else bloom()  # whose layers return tuples
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    whole = tested.logits(ids)
+    for layer in range(tested.n_layers):
+        acts = tested.capture("resid_pre", layer, ids)
+        with tested.resumed(layer, acts):
+            torch.testing.assert_close(tested.logits(torch.zeros_like(ids)), whole)
+    assert torch.equal(tested.logits(ids), whole)
+
+
+def test_an_output_score_is_the_mean_climb_in_rank_of_the_features_own_tokens(subject: Subject) -> None:
+    effects = output_effects(subject, np.array([2, PLANTED]), SETTINGS)
+    lm, W_dec = subject.lm, subject.dictionary.W_dec
+    for place, feature in enumerate((2, PLANTED)):
+        lens = W_dec[feature] @ subject.unembedding
+        lens[~subject.shown] = -math.inf
+        climbs, gains = [], []
+        steering = Steering(SITE, subject.dictionary, [Steer(feature, SETTINGS.probe_strength)], subject.max_acts)
+        for text in NEUTRAL:
+            ids = torch.tensor([lm.prompt_ids(text)])
+            with steering.applied(lm):
+                after = lm.logits(ids)[0, -1]
+            before = lm.logits(ids)[0, -1]
+            for token in lens.topk(5).indices.tolist():
+                ranks = [int((logits.argsort(descending=True) == token).nonzero()) + 1 for logits in (before, after)]
+                climbs.append(math.log(ranks[0] / ranks[1]) / math.log(512))
+                gains.append(float(after.softmax(0)[token] - before.softmax(0)[token]))
+        assert float(effects.score[place]) == pytest.approx(np.mean(climbs), abs=1e-4)
+        assert float(effects.gain[place]) == pytest.approx(np.sum(gains) / len(NEUTRAL), abs=1e-4)
+
+
+def test_every_live_feature_is_scored_and_dead_ones_are_left_empty(
+    scores: dict[str, Any], folders: dict[str, Path]
+) -> None:
+    table = pq.read_table(folders["steering"] / "scores.parquet").to_pylist()
+    assert [row["feature"] for row in table] == list(range(D_SAE))
+    assert [i for i, row in enumerate(table) if row["output_score"] is None] == [DEAD]
+    assert scores["n_scored"] == D_SAE - 1
+    assert sum(row["suggested_strength"] is not None for row in table) == 2
+    bound = scores["random_direction_score_p95"]
+    assert all((row["role"] == "output") == (row["output_score"] > bound) for row in table if row["role"])
+
+
+def test_the_features_of_the_largest_maxima_are_scored_when_not_all_are(folders: dict[str, Path]) -> None:
+    assert live_features(folders["features"], 3).tolist() == [9, 10, 11]
+    assert DEAD not in live_features(folders["features"])
+
+
+@pytest.mark.parametrize(("bound", "expected"), [(1e9, 50.0), (1.0, 0.0)])
+def test_a_suggested_strength_is_the_largest_that_is_fluent(subject: Subject, bound: float, expected: float) -> None:
+    settings = SETTINGS.model_copy(
+        update={"perplexity_ratio_max": bound, "repetition_max": 1.0, "strengths": (5.0, 50.0)}
+    )
+    assert suggest_strengths(subject, [PLANTED], settings) == {PLANTED: expected}
+
+
+def test_texts_are_steered_as_their_condition_says_and_draw_with_the_same_seeds(subject: Subject) -> None:
+    conditions = [Condition(), Condition(Steer(PLANTED, 50.0)), Condition(Steer(PLANTED, 0.0, "add")), Condition()]
+    texts = write_texts(subject, ["Rain", "The river"], conditions, 2, 8, 1.0, seed=3)
+    by = {(text.condition, text.prompt, text.seed): text.ids for text in texts}
+    assert len(by) == 16
+    for prompt in (0, 1):
+        for seed in (0, 1):
+            assert by[0, prompt, seed] == by[2, prompt, seed] == by[3, prompt, seed]
+    assert all(by[0, p, 0] != by[1, p, 0] for p in (0, 1))
+    assert by[0, 0, 0] != by[0, 0, 1]
+
+
+def test_perplexity_is_that_of_the_answer_under_the_model_as_it_is(subject: Subject) -> None:
+    texts = write_texts(subject, ["Rain", "The old bridge"], [Condition(Steer(PLANTED, 5.0))], 1, 7, 1.0)
+    for text, measured in zip(texts, measure_texts(subject, texts), strict=True):
+        whole = torch.tensor([text.prompt_ids + text.ids])
+        logprobs = subject.lm.logits(whole)[0].log_softmax(-1)
+        own = [float(logprobs[len(text.prompt_ids) + i - 1, token]) for i, token in enumerate(text.ids)]
+        assert measured.nll == pytest.approx(-np.mean(own), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"), [([], 0), ([1, 1], 0), ([1, 2, 3, 4], 0), ([1] * 6, 3 / 4), ([1, 2, 3, 1, 2, 3], 1 / 4)]
+)
+def test_repetition_is_the_share_of_token_triples_seen_before(ids: list[int], expected: float) -> None:
+    assert repetition(ids) == expected
+
+
+def test_a_concept_is_words_and_its_rate_counts_them_in_any_case_and_spacing(subject: Subject) -> None:
+    concept = subject.concept(subject.features.feature(PLANTED))
+    assert "river" in concept  # fires on it often; " the" too seldom, "??" is no word
+    assert not {"the", "??"} & set(concept)
+    ids = [i for word in (" river", " the", "river") for i in subject.lm.tokenizer(word)["input_ids"]]
+    (text,) = write_texts(subject, ["Rain"], [Condition()], 1, 4, 0.0)
+    words = [subject.words[i] for i in ids]
+    assert concept_rate(subject, text._replace(ids=ids), {"river"}) == words.count("river") / len(ids)
+    assert concept_rate(subject, text._replace(ids=[]), {"river"}) == 0
+
+
+def test_an_interval_holds_the_mean_and_shrinks_with_more_texts() -> None:
+    values = np.array([0.0, 0.1, 0.3, 0.2])
+    low, high = bootstrap(values)
+    assert low < values.mean() < high
+    narrow = bootstrap(np.tile(values, 25))
+    assert narrow[1] - narrow[0] < (high - low) / 3
+    assert bootstrap(np.full(5, 0.25)) == (0.25, 0.25)
+
+
+def test_the_first_tokens_divergence_is_nothing_without_steering(subject: Subject) -> None:
+    kl = first_token_kl(
+        subject, ["Rain"], [Condition(), Condition(Steer(PLANTED, 20.0)), Condition(Steer(1, 0, "add"))]
+    )
+    assert kl[0] == kl[2] == 0
+    assert kl[1] > 0.1
+
+
+def test_the_report_holds_every_feature_with_every_control(
+    scores: dict[str, Any], subject: Subject, model: ModelSettings, folders: dict[str, Path]
+) -> None:
+    settings = SteeringReportSettings(features=3, seeds=1, max_tokens=6, strengths=(1.0, 4.0))
+    made = (folders[name] for name in ("dictionary", "features", "steering", "report"))
+    summary = build_steering_report(settings, model, SITE, math.inf, *made)
+    rows = read_report(folders["report"])
+    chosen = [item.feature for item in choose_features(subject, folders["steering"], 3)]
+    for feature in chosen:
+        own = [row for row in rows if row.feature == feature]
+        tried = [row for row in own if row.half == "choose"]
+        assert [row.strength for row in tried] == [1.0, 4.0]
+        (best,) = [row.strength for row in tried if row.chosen]
+        reported = {row.condition: row for row in own if row.half == "report"}
+        assert list(reported) == ["base", "steered", "random_direction", "random_feature", "prompt_only"]
+        assert {row.strength for kind, row in reported.items() if kind not in ("base", "prompt_only")} == {best}
+        assert reported["base"].perplexity_ratio == pytest.approx(1)
+        assert reported["base"].kl_first == 0
+        assert all(row.low <= row.concept_rate <= row.high for row in own)
+        assert all(row.n_texts == len(REPORTING) for row in reported.values())
+    assert summary["n_features"] == len(chosen) == 3
+    assert summary["n_raised"] == len(raised(rows, 2.0))
+    shown = (folders["report"] / "report.md").read_text("utf-8")
+    assert shown.count("| steered") == 4  # three features, and the means
+    assert json.dumps(REPORTING[0]) in shown
+
+
+def rows() -> Iterator[Row]:
+    for feature, ratio, perplexity in ((1, 12.0, 1.5), (2, 12.0, 2.5), (3, 9.0, 1.0)):
+        yield Row(
+            feature, "a|b <c>", 0.5, "report", "steered", 2.0, True, 0.1, 0.0, 0.2, ratio, 0.5, perplexity, 0.0, 1.0, 4,
+            "one\ntwo | three",
+        )  # fmt: skip
+
+
+def test_only_what_is_raised_tenfold_within_the_bound_counts_and_failures_are_shown() -> None:
+    assert raised(rows(), 2.0) == [1]
+    shown = markdown(list(rows()), 2.0)
+    assert "Of these, 1 raise their concept" in shown
+    assert all(f"| {feature} |" in shown for feature in (1, 2, 3))
+    assert "a\\|b &lt;c>" in shown
+    assert "one two \\| three" in shown
+    assert "No feature was measured" in markdown([], 2.0)
