@@ -364,6 +364,111 @@ def steering_report(study: str, dictionary: str, json_: bool) -> None:
 
 
 @cli.command()
+@click.option("--positive", "positive_file", type=click.Path(path_type=Path), help="Prompts, one a line, or JSONL.")
+@click.option("--negative", "negative_file", type=click.Path(path_type=Path), help="The same, of the other kind.")
+@click.option("--positive-text", multiple=True, metavar="TEXT", help="One positive; may be given several times.")
+@click.option("--negative-text", multiple=True, metavar="TEXT", help="One negative.")
+@click.option("--prompt", default="", help="In place of two sets: what fires on this one prompt.")
+@click.option(
+    "--direction", type=click.Choice(["difference", "probe"]),
+    help="Rank by the angle to the difference of the sets' means, or to a linear probe, in place of the activations.",
+)  # fmt: skip
+@click.option("--limit", default=10, show_default=True, type=click.IntRange(1))
+@chosen
+@as_json
+def contrast(
+    positive_file: Path | None, negative_file: Path | None, positive_text: tuple[str, ...],
+    negative_text: tuple[str, ...], prompt: str, direction: str | None, limit: int,
+    study: str, dictionary: str, json_: bool,
+) -> None:  # fmt: skip
+    """Features that tell two sets of prompts apart: chosen on one half of them, judged on the other."""
+    from pipelines.console import print_json
+    from pipelines.reports import show_contrast, show_rows
+    from sae_core import prompt_search as by
+    from sae_core.prompt_reader import PromptReader
+
+    sides = [
+        [*(by.read_prompts(file) if file else ()), *texts]
+        for file, texts in ((positive_file, positive_text), (negative_file, negative_text))
+    ]
+    if prompt and any(sides):
+        raise click.UsageError("give either --prompt or two sets of prompts")
+    sets = None if prompt else by.split_prompts(sides[0], sides[1])
+    atlas = _atlas(study, dictionary)
+    reader = PromptReader.of(atlas, _model(atlas))
+    if sets is None:
+        on_prompt = by.by_prompt(atlas, reader, prompt, limit)
+        print_json([row._asdict() for row in on_prompt]) if json_ else show_rows(on_prompt)
+    elif direction:
+        raw = [reader.pool(side).raw for side in sides]
+        near = by.nearest(atlas, reader, by.direction(raw[0], raw[1], direction), limit)  # type: ignore[arg-type]
+        print_json([row._asdict() for row in near]) if json_ else show_rows(near)
+    else:
+        found = by.contrast(atlas, reader, sets, limit)
+        print_json(found) if json_ else show_contrast(found)
+
+
+@cli.command()
+@click.argument("study", default="quickstart")
+@click.option("--concepts", type=click.Path(path_type=Path), help="Folder of concept files of your own.")
+@click.option("--only", multiple=True, metavar="NAME", help="Audit this concept; may be given several times.")
+@click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a CUDA device when there is one.")
+@click.option("--into", type=click.Path(path_type=Path), help="Put the report into this Markdown file, at its marks.")
+@as_json
+@click.pass_obj
+def audit(
+    debug: bool, study: str, concepts: Path | None, only: tuple[str, ...], device: str, into: Path | None, json_: bool
+) -> None:
+    """Which features of STUDY's dictionary stand for the concepts of the safety catalog, and how far to trust them."""
+    changes: dict[str, Any] = {"folder": str(concepts.expanduser().absolute())} if concepts else {}
+    _report(debug, study, device, "safety", changes | ({"concepts": list(only)} if only else {}), into, json_)
+
+
+@cli.command()
+@click.argument("study", default="quickstart")
+@click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a CUDA device when there is one.")
+@click.option("--into", type=click.Path(path_type=Path), help="Put the report into this Markdown file, at its marks.")
+@as_json
+@click.pass_obj
+def multilingual(debug: bool, study: str, device: str, into: Path | None, json_: bool) -> None:
+    """Which features of STUDY's dictionary fire on the same content in several languages, against shuffled pairs."""
+    _report(debug, study, device, "multilingual", {}, into, json_)
+
+
+@cli.command()
+@click.argument("file", type=click.File("rb"), default="-")
+@click.option("--concept", "concepts", multiple=True, metavar="NAME", help="Watch for this one (default: all).")
+@click.option(
+    "--false-positive-rate", "rate", default=0.05, show_default=True,
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+)  # fmt: skip
+@click.option(
+    "--base-rate", default=0.5, show_default=True, type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Share of texts that are about a concept, for the probabilities.",
+)  # fmt: skip
+@click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Lines read before an answer.")
+@chosen
+def monitor(
+    file: Any, concepts: tuple[str, ...], rate: float, base_rate: float, batch: int, study: str, dictionary: str
+) -> None:
+    """Read texts or chats from FILE (standard input), one a line, and print each alert as a line of JSON.
+
+    A line is plain text, or JSON with `text` or `messages`. Thresholds come from the audit of the dictionary.
+    """
+    from pipelines.reports import watch
+    from sae_core.prompt_reader import PromptReader
+    from sae_core.safety.monitor import MONITOR, Monitor, load_detectors
+
+    atlas = _atlas(study, dictionary)
+    store = ArtifactStore(home())  # reports are no part of what is promoted
+    if store.manifest("safety", atlas.dictionary) is None:
+        raise MindAtlasError(f"no audit of {atlas.dictionary} has set thresholds: `mind-atlas audit` does")
+    detectors = load_detectors(store.get("safety", atlas.dictionary).folder / MONITOR, concepts)
+    reader = PromptReader.of(atlas, _model(atlas, as_harvested=True))
+    watch(Monitor(reader, detectors, rate, base_rate), file, batch)
+
+
+@cli.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
     "--format",
@@ -521,12 +626,43 @@ def _atlas(study: str, dictionary: str) -> Any:
     return Atlas.open(ArtifactStore(home()), dictionary)
 
 
-def _model(atlas: Any) -> Any:
-    """The language model that an atlas describes."""
+def _model(atlas: Any, as_harvested: bool = False) -> Any:
+    """The language model that an atlas describes; in float32, or in the precision of its activations."""
     from assets.partitions import STUDIES
     from sae_core.language_model import LanguageModel
 
-    return LanguageModel.load(STUDIES.order(atlas.dictionary).study.model, precision="float32")
+    study = STUDIES.order(atlas.dictionary).study
+    return LanguageModel.load(study.model, precision=study.activations.precision if as_harvested else "float32")
+
+
+def _report(
+    debug: bool, study: str, device: str, stage: str, changes: dict[str, Any], into: Path | None, json_: bool
+) -> None:
+    """Make a report of a study's first dictionary through Dagster, unless it is there, and show it."""
+    name, target = _register(study), into.absolute() if into else None
+    os.environ.setdefault("DAGSTER_HOME", str(PROJECT))
+    if Path(os.environ["DAGSTER_HOME"]) == PROJECT:
+        os.chdir(PROJECT)
+
+    import dagster as dg
+
+    from assets.partitions import STUDIES
+    from assets.resources import Workshop
+    from pipelines.console import progress
+    from pipelines.reports import insert, show_report
+    from pipelines.run import materialize
+    from sae_core.studies import Order
+
+    wanted, workshop = STUDIES.get(name), Workshop(device=device)
+    slug = wanted.spec(wanted.dictionaries[0]).slug
+    recipe = Order(wanted, wanted.dictionaries[0]).override(stage, changes).recipe(stage, slug)
+    with dg.DagsterInstance.get() as instance, progress():
+        if workshop.store.status(recipe).state != "made":
+            materialize(stage, slug, wanted, workshop, instance, "DEBUG" if debug else "CRITICAL", **changes)
+    made = workshop.store.get(stage, slug)
+    if target:
+        insert(made, target)
+    show_report(made, json_)
 
 
 def _strength(text: str) -> tuple[int, float]:

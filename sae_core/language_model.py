@@ -6,14 +6,14 @@ Captures and edits go through PyTorch's hooks and change no weight; one model se
 import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from sae_core.display import display_strings
 from sae_core.names import Hook
@@ -52,6 +52,10 @@ class _Apart(NamedTuple):
     def gather(self, rows: Tensor) -> Tensor:
         """Packed again."""
         return rows[self.run, self.place]
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the site of `capture_next`."""
 
 
 class LanguageModel:
@@ -186,6 +190,27 @@ class LanguageModel:
         if (bos := expected_bos(self.tokenizer)) is not None:
             special |= (token_ids == bos) & (positions == 0)
         return special
+
+    @torch.no_grad()
+    def capture_next(
+        self, hook: Hook, layer: int, token_ids: Int[Tensor, "batch length"], cache: Cache
+    ) -> Float[Tensor, "batch length d_model"]:
+        """As `capture`, of tokens that follow those in the key-value cache, which takes them up.
+
+        Raises ModelError when the model has no such site, or the tokens exceed its context.
+        """
+        found: list[Tensor] = []
+
+        def visit(acts: Tensor) -> Tensor:
+            found.append(acts)
+            raise _Reached
+
+        self._check_length(cache.get_seq_length() + token_ids.shape[1])
+        with suppress(_Reached), self.edit(hook, layer, visit):
+            self._decoder(input_ids=token_ids.to(self.device).long(), past_key_values=cache, use_cache=True)
+        if not found:
+            raise ModelError(f"{hook} of layer {layer} is not reached in a forward pass: choose another hook")
+        return found[0]
 
     @contextmanager
     def edit(self, hook: Hook, layer: int, fn: Edit) -> Iterator[None]:

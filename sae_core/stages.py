@@ -6,6 +6,8 @@
                                        -> steering       and, of all together: atlas
     steering -> steering_report
 
+and, when they are asked for, the reports `safety` and `multilingual`, which read the dictionary and its features.
+
 A stage's version is raised when its code gives another result for the same settings.
 """
 
@@ -22,9 +24,12 @@ VERSIONS = {
     "labels": 3, "atlas": 1, "steering_report": 1,
 }  # fmt: skip
 
+ON_DEMAND = {"safety": 1, "multilingual": 1}
+"""Versions of the stages that are no part of an atlas, and made when somebody asks for them."""
 
-def recipes(study: Study) -> Iterator[Recipe]:
-    """Every artifact that the study asks for, parents first.
+
+def recipes(study: Study, on_demand: bool = False) -> Iterator[Recipe]:
+    """Every artifact that the study asks for, parents first; with `on_demand`, also those that wait to be asked for.
 
     Raises:
         MindAtlasError: a model or a source of text cannot be found.
@@ -35,11 +40,11 @@ def recipes(study: Study) -> Iterator[Recipe]:
     activations = _recipe("activations", study.site.slug, _settings(study.activations) | {"model": model}, corpus)
     yield activations
     for dictionary in study.dictionaries:
-        yield from _dictionary_recipes(study, dictionary, corpus, activations)
+        yield from _dictionary_recipes(study, dictionary, corpus, activations, on_demand)
 
 
 def _dictionary_recipes(
-    study: Study, dictionary: DictionarySettings, corpus: Recipe, activations: Recipe
+    study: Study, dictionary: DictionarySettings, corpus: Recipe, activations: Recipe, on_demand: bool
 ) -> Iterator[Recipe]:
     slug = study.spec(dictionary).slug
     trained = _recipe("dictionary", slug, _dictionary_settings(dictionary), corpus, activations)
@@ -55,10 +60,14 @@ def _dictionary_recipes(
     yield _recipe("atlas", slug, {}, corpus, activations, trained, features, *parts)
     report = _settings(study.steering_report)
     yield _recipe("steering_report", slug, report, activations, trained, features, steering)
+    if on_demand:
+        parents = (corpus, activations, trained, features)
+        yield _recipe("safety", slug, _safety_settings(study), *parents)
+        yield _recipe("multilingual", slug, _settings(study.multilingual), *parents)
 
 
 def _recipe(stage: str, slug: str, settings: dict[str, Any], *parents: Recipe) -> Recipe:
-    return Recipe(stage, slug, VERSIONS[stage], settings, parents)
+    return Recipe(stage, slug, (VERSIONS | ON_DEMAND)[stage], settings, parents)
 
 
 def _settings(settings: Settings) -> dict[str, Any]:
@@ -81,6 +90,13 @@ def _label_settings(labels: LabelSettings) -> dict[str, Any]:
     if labels.base_url or not labels.features:
         return settings
     return settings | {"model": identify_model(ModelSettings(source=labels.model))}
+
+
+def _safety_settings(study: Study) -> dict[str, Any]:
+    """The audit's settings, with the content of each concept in place of its name."""
+    from sae_core.safety.concepts import concepts_of
+
+    return _settings(study.safety) | {"folder": "", "concepts": {c.name: c.identity for c in concepts_of(study.safety)}}
 
 
 def _corpus_settings(corpus: CorpusSettings) -> dict[str, Any]:

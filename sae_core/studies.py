@@ -46,7 +46,7 @@ class Order(NamedTuple):
 
     def recipe(self, stage: str, slug: str) -> Recipe:
         """What the artifact is made from."""
-        return next(r for r in recipes(self.study) if r.stage == stage and r.slug == slug)
+        return next(r for r in recipes(self.study, on_demand=True) if r.stage == stage and r.slug == slug)
 
 
 class Studies:
@@ -107,7 +107,8 @@ class Studies:
         for dictionary in study.dictionaries:
             slug = study.spec(dictionary).slug
             after = ("features", "neighbors", "feature_map", "labels", "steering", "steering_report")
-            _enter(self.dictionaries, slug, Order(study, dictionary), "dictionary", *after)
+            sections = ("dictionary", *after, "safety", "multilingual")
+            _enter(self.dictionaries, slug, Order(study, dictionary), *sections)
 
 
 def _enter(table: dict[str, Order], slug: str, order: Order, *sections: str) -> None:

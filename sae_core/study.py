@@ -357,6 +357,34 @@ class LabelSettings(Settings):
         return self
 
 
+class SafetySettings(Settings):
+    """The safety audit: which features stand for the concepts that a safety team asks for."""
+
+    concepts: list[str] = Field(default=[])
+    """Names of concepts; empty for all."""
+    folder: str = ""
+    """Folder of concept files of one's own, beside the shipped ones; one of the same name takes its place."""
+    features: int = Field(3, ge=1)
+    """Features kept for each concept, the best on the prompts that find."""
+    false_positive_rate: float = Field(0.05, gt=0, lt=1)
+    """Rate of false alarms that the monitors are measured at."""
+
+
+class MultilingualSettings(Settings):
+    """Which features fire on the same content in several languages."""
+
+    languages: list[str] = Field(default=["en", "fr", "es", "de", "it", "ru", "ar"])
+    """ISO 639-1 codes, of which both parallel texts must have an edition."""
+    verses: int = Field(50, ge=10)
+    """Bible verses, drawn at random; the 30 articles of the Universal Declaration of Human Rights come besides."""
+    least_languages: int = Field(5, ge=2)
+    """Languages on which a feature must fire to be called multilingual."""
+    shuffles: int = Field(200, ge=20)
+    """Random pairings of the same texts that the true pairing is held against."""
+    seed: int = 0
+    """Choice of the verses, and of the pairings."""
+
+
 class CheckSettings(Settings):
     """The range in which this study's numbers must lie; outside it an asset check fails."""
 
@@ -414,6 +442,8 @@ class Study(Settings):
     steering: SteeringSettings = SteeringSettings()
     steering_report: SteeringReportSettings = SteeringReportSettings()
     labels: LabelSettings = LabelSettings()
+    safety: SafetySettings = SafetySettings()
+    multilingual: MultilingualSettings = MultilingualSettings()
     checks: CheckSettings = CheckSettings()
     retraining: RetrainingSettings = RetrainingSettings()
 

@@ -2,6 +2,7 @@
 
 import bz2
 import csv
+import email
 import gzip
 import html
 import io
@@ -10,7 +11,8 @@ import re
 import sqlite3
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from email.message import Message
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -86,6 +88,51 @@ def bible(files: Files, edition: str) -> Texts:
             chapters.setdefault((book, chapter), []).append(verse)
         connection.close()
         yield from (("", " ".join(verses)) for verses in chapters.values())
+
+
+def read_verses(files: Files, editions: Sequence[str]) -> dict[tuple[int, int, int], dict[str, str]]:
+    """Text by edition of every verse that all the editions have, by book, chapter and verse, in order."""
+    query = "SELECT bNumber, cNumber, vNumber, bbName, vText FROM bible ORDER BY bNumber, cNumber, vNumber"
+    verses: dict[tuple[int, int, int], dict[str, str]] = {}
+    for _, content in files:
+        connection = sqlite3.connect(":memory:")
+        connection.deserialize(content)
+        for book, chapter, verse, edition, text in connection.execute(query):
+            if edition in editions:
+                verses.setdefault((book, chapter, verse), {})[edition] = text.strip()
+        connection.close()
+    return {place: texts for place, texts in verses.items() if all(texts.get(edition) for edition in editions)}
+
+
+def articles(files: Files) -> Texts:
+    """The articles of an HTML page without their headings, in order; what is no `article` is left out."""
+    for _, content in files:
+        for article in re.findall(r"<article\b[^>]*>(.*?)</article>", content.decode(), re.DOTALL):
+            body = re.sub(r"<h2>.*?</h2>", "", article, flags=re.DOTALL)
+            yield "", re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", body))).strip()
+
+
+def mails(files: Files) -> Texts:
+    """Raw mails: subject, and the plain text; of a mail that has none, its HTML without markup."""
+    for _, content in files:
+        message = email.message_from_bytes(content)
+        parts = {part.get_content_type(): part for part in reversed(list(message.walk()))}
+        part = parts.get("text/plain", parts.get("text/html"))
+        if part is not None:  # a part without headers counts as false
+            text = _decoded(part)
+            if part.get_content_type() == "text/html":
+                text = re.sub(r"<(style|script)\b.*?</\1>", " ", text, flags=re.DOTALL | re.IGNORECASE)
+                text = html.unescape(re.sub(r"<[^>]*>", " ", text))
+            yield "", re.sub(r"[ \t\xa0]+", " ", re.sub(r"\s*\n\s*", "\n", text)).strip()
+
+
+def _decoded(part: Message) -> str:
+    payload = part.get_payload(decode=True)
+    body = payload if isinstance(payload, bytes) else b""
+    try:
+        return body.decode(part.get_content_charset() or "latin-1", "replace")
+    except LookupError:  # a character set of the sender's own making
+        return body.decode("latin-1")
 
 
 def files(files: Files) -> Texts:
@@ -180,6 +227,7 @@ PARSERS: dict[str, Callable[..., Texts]] = {
     for parser in (
         summaries, recipes, factbook, wikitext, bible, files, code_by_language, library_code, writing_briefs,
         titled_json, issues, strings, prompts, injections, templates, contrast_pairs, dialogs,
+        articles, mails,
     )
 }  # fmt: skip
 """By the name that a catalog entry gives."""

@@ -131,6 +131,24 @@ def test_run_config_is_typed_and_described(tiny_study: Path):
     assert "Peak learning rate" in schema["lr"].description
 
 
+def test_the_safety_audit_is_made_on_demand_and_a_lost_concept_fails_its_check(root: Path):
+    config = {"concepts": ["citation_surnames"]}
+    result = materialize("safety", root, **config)
+    assert "citation_surnames" in told(result, "safety")["report"]
+    (kept,) = result.get_asset_check_evaluations()
+    assert kept.passed
+    store, name = ArtifactStore(root), slug("safety")
+    path = root / "safety" / name / "manifest.json"
+    manifest = json.loads(path.read_text("utf-8"))
+    manifest["summary"]["names_found"] = ["citation_surnames"]
+    path.write_text(json.dumps(manifest), "utf-8")
+    again = materialize("safety", root, again=True, **config)
+    summary = store.get("safety", name).manifest.summary
+    (kept,) = again.get_asset_check_evaluations()
+    assert kept.passed == ("citation_surnames" in summary["names_found"])
+    assert summary["n_lost"] == (0 if kept.passed else 1)
+
+
 @pytest.fixture
 def label_writer(httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """A server that writes labels: the `config` of a run that asks it, and the requests that it is to `fail`."""

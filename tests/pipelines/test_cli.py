@@ -269,3 +269,28 @@ def test_help_lists_the_commands():
         "ui",
     ):
         assert f"  {command} " in done.stdout
+
+
+def test_contrast_finds_features_for_two_sets_and_says_when_they_are_too_few(home: Path, tmp_path: Path):
+    (tmp_path / "a.txt").write_text("".join(f"def add{i}(a, b):\n" for i in range(6)), "utf-8")
+    (tmp_path / "b.jsonl").write_text("".join(f'{{"text": "Rain fell {i} times."}}\n' for i in range(6)), "utf-8")
+    sets = ["--positive", str(tmp_path / "a.txt"), "--negative", str(tmp_path / "b.jsonl")]
+    found = json.loads(run("contrast", *sets, "--positive-text", "def add1(a, b):", "--json", home=home).stdout)
+    assert found["prompts"] == {"find_positive": 3, "find_negative": 3, "test_positive": 3, "test_negative": 3}
+    assert found["duplicates"] == 1
+    assert found["claim"].startswith("no claim")
+    done = run("contrast", "--positive", str(tmp_path / "a.txt"), home=home)
+    assert done.returncode == 1
+    assert "no negative prompts" in done.stderr
+
+
+def test_an_audit_calibrates_monitors_that_watch_a_stream(home: Path, tmp_path: Path):
+    done = run("audit", "tiny", "--only", "citation_surnames", home=home, check=True)
+    assert "citation_surnames" in done.stdout
+    (tmp_path / "in.jsonl").write_text('{"text": "As was shown (Novak & Rossi, 1998)."}\nplain text\n', "utf-8")
+    watch = ["monitor", str(tmp_path / "in.jsonl"), "--false-positive-rate"]
+    alerts = [json.loads(line) for line in run(*watch, "0.9", home=home, check=True).stdout.splitlines()]
+    assert all(alert["concept"] == "citation_surnames" and alert["value"] >= alert["threshold"] for alert in alerts)
+    done = run(*watch, "0.001", home=home)
+    assert done.returncode == 1
+    assert "40 calibration texts cannot hold a false-positive rate of 0.001" in done.stderr

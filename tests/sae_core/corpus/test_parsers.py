@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sae_core.corpus.parsers import PARSERS, plain_text, read_members
+from sae_core.corpus.parsers import PARSERS, plain_text, read_members, read_verses
 
 
 def parse(parser: str, content: bytes | str, name: str = "data", **options: Any) -> list[tuple[str, str]]:
@@ -129,3 +129,57 @@ def test_both_sides_of_a_pair_are_documents() -> None:
     wanted = [("", "true"), ("", "not true"), ("", "Q\ngood"), ("", "Q\nbad")]
     assert parse("contrast_pairs", json.dumps(pairs)) == wanted
     assert parse("contrast_pairs", json.dumps({"pairs": pairs})) == wanted
+
+
+MAIL = b"""Subject: Hello
+MIME-Version: 1.0
+Content-Type: multipart/alternative; boundary="b"
+
+--b
+Content-Type: text/html; charset=utf-8
+
+<style>p {color: red}</style><p>In <b>HTML</b></p>
+--b
+Content-Type: text/plain; charset=utf-8
+Content-Transfer-Encoding: quoted-printable
+
+Caf=C3=A9   au
+lait
+--b--
+"""
+
+
+def test_of_a_mail_its_plain_text_is_taken_decoded() -> None:
+    assert parse("mails", MAIL) == [("", "Caf\u00e9 au\nlait")]
+
+
+def test_of_a_mail_without_plain_text_the_markup_goes() -> None:
+    assert parse("mails", MAIL.replace(b"text/plain", b"text/x-other")) == [("", "In HTML")]
+
+
+def test_a_mail_in_a_character_set_that_nobody_knows_is_read_all_the_same() -> None:
+    assert parse("mails", b"Content-Type: text/plain; charset=x-made-up\n\ncaf\xe9") == [("", "caf\u00e9")]
+    assert parse("mails", b"") == [("", "")]
+
+
+def test_the_articles_of_a_page_come_without_headings_in_order() -> None:
+    page = '<h1>No</h1><article data-number="1"><h2>Article 1</h2> <p>All &amp; <i>sundry</i></p></article>'
+    page += '<article data-number="2"><h2>Article 2</h2><p>a</p>\n<p>b</p></article>'
+    assert parse("articles", page) == [("", "All & sundry"), ("", "a b")]
+
+
+def test_verses_are_those_that_all_editions_have(tmp_path: Path) -> None:
+    connection = sqlite3.connect(tmp_path / "b.db")
+    connection.execute("CREATE TABLE bible (bbName, bNumber, cNumber, vNumber, vText)")
+    rows = [
+        ("k", 1, 1, 2, "two"),
+        ("k", 1, 1, 1, "one "),
+        ("l", 1, 1, 1, "un"),
+        ("l", 1, 1, 2, ""),
+        ("j", 1, 1, 1, "no"),
+    ]
+    connection.executemany("INSERT INTO bible VALUES (?, ?, ?, ?, ?)", rows)
+    connection.commit()
+    connection.close()
+    found = read_verses(iter([("b.db", (tmp_path / "b.db").read_bytes())]), ["k", "l"])
+    assert found == {(1, 1, 1): {"k": "one", "l": "un"}}

@@ -1,0 +1,100 @@
+"""How searches by prompts, reports and alerts are shown."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import click
+
+from pipelines.console import out, print_json, table
+from sae_core.artifacts import Made, write_atomically
+from sae_core.errors import MindAtlasError
+from sae_core.prompt_search import Contrast
+from sae_core.safety.monitor import Monitor, read_stream
+
+
+def show_contrast(found: Contrast) -> None:
+    """The features, what was compared, and what may be claimed."""
+    head = ("feature", "AUC", "interval", "find AUC", "p, corrected", "effect", "fires on + / -", "pool", "label")
+    rows = [
+        (
+            f.feature, "-" if f.auc is None else f"{f.auc:.3f}",
+            "-" if f.low is None or f.high is None else f"{f.low:.2f} to {f.high:.2f}", f.find_auc, f.p, f.effect,
+            f"{f.active[0]:.0%} / {f.active[1]:.0%}", f.pool, f.label,
+        )
+        for f in found.features
+    ]  # fmt: skip
+    out.print(table(head, rows))
+    out.print(", ".join(f"{n} {key.replace('_', ' ')}" for key, n in found.prompts.items()), markup=False)
+    if found.duplicates:
+        out.print(f"{found.duplicates} prompts taken out as duplicates", markup=False)
+    if found.windowed:
+        out.print(f"{found.windowed} prompts are longer than the context and were read in windows", markup=False)
+    if found.exclusive:
+        shown = ", ".join(map(str, found.exclusive[:20]))
+        out.print(f"active on all positives that find and on no negative: {shown}", markup=False)
+    out.print(found.claim, markup=False)
+
+
+def show_rows(rows: Sequence[Any]) -> None:
+    """Rows that are all of one named tuple."""
+    out.print(table(rows[0]._fields, rows) if rows else "no feature fires")
+
+
+def show_report(made: Made, json_: bool) -> None:
+    """A finished report: as it was written for people, or for machines."""
+    if json_:
+        file = next(path for path in made.folder.glob("*.json") if path.name != "monitor.json")
+        print_json({"summary": made.manifest.summary, "report": json.loads(file.read_text("utf-8"))})
+    else:
+        click.echo(_markdown(made))
+
+
+def insert(made: Made, target: Path) -> None:
+    """Put the report between `<!-- safety -->` and `<!-- /safety -->` (the stage's name) of a Markdown file.
+
+    Raises MindAtlasError when the file has no such marks.
+    """
+    stage = made.manifest.stage
+    begin, end = f"<!-- {stage} -->", f"<!-- /{stage} -->"
+    text = target.read_text("utf-8") if target.is_file() else ""
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise MindAtlasError(f"{target} has no lines {begin} and {end}: write them where the report shall go")
+    with write_atomically(target) as path:
+        path.write_text(f"{before}{begin}\n{_markdown(made).strip()}\n{end}{after}", "utf-8")
+
+
+def watch(monitor: Monitor, file: IO[bytes], batch: int) -> None:
+    """Print the alerts of a stream of lines, each as a line of JSON, as soon as a batch of lines is there."""
+    done = 0
+    waiting: list[str] = []
+    texts = read_stream(_decoded(file), getattr(monitor.reader.lm.tokenizer, "apply_chat_template", None))
+    for text in texts:
+        waiting.append(text)
+        if len(waiting) == batch:
+            done += _alert(monitor, waiting, done)
+            waiting = []
+    if waiting:
+        _alert(monitor, waiting, done)
+
+
+def _alert(monitor: Monitor, texts: list[str], first: int) -> int:
+    for alerts in monitor.scan(texts):
+        for alert in alerts:
+            click.echo(json.dumps(alert._asdict() | {"text": first + alert.text}, ensure_ascii=False))
+    return len(texts)
+
+
+def _decoded(file: IO[bytes]) -> Iterator[str]:
+    for number, line in enumerate(file, 1):
+        try:
+            yield line.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise MindAtlasError(f"line {number} is not UTF-8 (byte {error.object[error.start]:#04x})") from None
+
+
+def _markdown(made: Made) -> str:
+    return next(made.folder.glob("*.md")).read_text("utf-8")

@@ -1,0 +1,209 @@
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from scipy import sparse
+
+from sae_core.atlas import Atlas
+from sae_core.features import Example, Features
+from sae_core.language_model import LanguageModel
+from sae_core.prompt_reader import Pooled, PromptReader
+from sae_core.safety.audit import ConceptAudit, audit, build_audit, lost_concepts
+from sae_core.safety.baselines import fit_probe, fit_words, random_features
+from sae_core.safety.concepts import Concept, load_concepts
+from sae_core.safety.monitor import load_detectors
+from sae_core.safety.report import markdown, verdict
+from sae_core.safety.specificity import specificity
+from sae_core.study import SafetySettings
+
+D_SAE, OWN = 30, 4
+"""Feature 4 fires on what holds `owl`."""
+
+
+def concept(name: str = "owls", n: int = 60, **more: Any) -> Concept:
+    def rule(word: str) -> dict[str, Any]:
+        prompts = {"find": [f"{word} {i}" for i in range(n)], "test": [f"{word} {i}" for i in range(n, 2 * n)]}
+        return {"prompts": prompts}
+
+    sides = {"positive": [rule("owl")], "negative": [rule("mouse")]}
+    about = {"kind": "safety", "description": "Owls.", "about": "owl", "license": "Apache-2.0"}
+    return Concept(name=name, **about | sides | more)
+
+
+def pool(texts: list[str], report: Any = None) -> Pooled:
+    rng = np.random.default_rng(len(texts))
+    is_owl = np.array(["owl" in text for text in texts])
+    values = rng.random((len(texts), D_SAE)) * (rng.random((len(texts), D_SAE)) < 0.2)
+    values[:, OWN] = is_owl * (0.5 + rng.random(len(texts)))
+    raw = rng.normal(size=(len(texts), 6)) + 4 * is_owl[:, None] * np.eye(6)[1]
+    matrix = sparse.csr_array(values.astype(np.float32))
+    return Pooled(matrix, matrix, raw.astype(np.float32), np.full(len(texts), 3), 0)
+
+
+def example(kind: str, level: int, text: str) -> Example:
+    return Example(OWN, level, kind, 1.0, 0, 0, 0, text.split(" "), [1.0])
+
+
+EXAMPLES = [
+    example("top", 5, "an owl"), example("top", 5, "a mouse"), example("level", 1, "a mouse"),
+    example("level", 1, "an owl"), example("level", 2, "an owl"), example("level", 2, "owls"),
+]  # fmt: skip
+
+
+class OwnFeatures(Features):
+    def __init__(self) -> None: ...
+
+    def examples(self, feature: int) -> list[Example]:
+        return EXAMPLES if feature == OWN else []
+
+    def feature(self, feature: int) -> Any:
+        return SimpleNamespace(histogram=[60, 20, 10, 10])
+
+
+class OwnAtlas(Atlas):
+    def __init__(self) -> None:
+        self.features, self.dictionary = FEATURES, "some.dictionary"
+
+    def name(self, feature: int) -> str:
+        return f"label|{feature}"
+
+
+class Reader(PromptReader):
+    """Reads without a model."""
+
+    def __init__(self) -> None:
+        self.dictionary: Any = SimpleNamespace(d_sae=D_SAE)
+
+    def pool(self, texts: Any, report: Any = None) -> Pooled:
+        return pool(texts)
+
+
+FEATURES = OwnFeatures()
+ATLAS, READER = OwnAtlas(), Reader()
+
+
+def one(chosen: Concept) -> ConceptAudit:
+    (found,), _ = audit([chosen], SafetySettings(), ATLAS, READER)
+    return found
+
+
+def test_a_planted_concept_is_found_and_held_against_the_baselines() -> None:
+    found = one(concept())
+    assert found.status == "found"
+    assert found.best is not None
+    assert found.best.separating.feature == OWN
+    assert found.best.rated.auc == 1
+    assert found.right_rank == 1
+    assert found.probe.auc > 0.95
+    assert found.words.auc == 1
+    assert 0.4 < found.random.mean < 0.6
+    said = verdict(found)
+    assert "Found: feature 4" in said
+    assert "words alone (1.00)" in said
+    assert "as well or better" in said
+
+
+def test_specificity_weighs_each_level_by_its_firings() -> None:
+    found = specificity(FEATURES, OWN, "owl")
+    assert found.share == pytest.approx((80 * 0.5 + 20 * 1.0) / 100)
+    assert found.top == 0.5
+    assert specificity(FEATURES, OWN + 1, "owl").share is None
+
+
+def test_a_feature_that_fires_on_something_else_in_the_corpus_is_a_stand_in() -> None:
+    found = one(concept(about="hawk"))
+    assert found.status == "stand-in"
+    assert found.right_rank is None
+    assert "stands for something else" in verdict(found)
+
+
+def test_of_too_few_prompts_nothing_is_claimed() -> None:
+    found = one(concept(n=39))
+    assert found.status == "no claim"
+    assert verdict(found).startswith("No claim: 39 prompts on the smallest side, 40 are needed")
+
+
+def test_two_kinds_that_no_feature_tells_apart_are_not_found() -> None:
+    mixed = [{"prompts": {"find": [f"{w} {i}" for i in range(60)], "test": [f"{w} {i}" for i in range(60, 120)]}}
+             for w in ("cat", "dog")]  # fmt: skip
+    found = one(concept(positive=mixed[:1], negative=mixed[1:]))
+    assert found.status == "not found"
+    assert verdict(found).startswith("Not found")
+
+
+def test_text_of_another_origin_is_judged_and_never_used_to_find() -> None:
+    shifted = {side: [{"prompts": {"test": [f"{word} far {i}" for i in range(30)]}}]
+               for side, word in (("positive", "owl"), ("negative", "crow"))}  # fmt: skip
+    found = one(concept(shifted=shifted))
+    assert found.best is not None
+    assert found.best.shifted is not None
+    assert found.best.shifted.auc == 1
+    assert found.shifted_probe is not None
+    assert "On text of another origin the feature has 1.00" in verdict(found)
+
+
+def test_a_concept_found_before_and_not_now_is_lost_until_it_is_found_again() -> None:
+    found, gone = one(concept("owls")), one(concept("hawks", about="hawk"))
+    before = {"names_found": ["owls", "hawks", "removed"], "names_lost": []}
+    assert lost_concepts([found, gone], before) == ["hawks"]
+    assert lost_concepts([found, gone], {"names_found": ["owls"], "names_lost": ["hawks"]}) == ["hawks"]
+    assert lost_concepts([found, gone], {}) == []
+
+
+def test_the_report_holds_every_concept_and_its_table_has_as_many_cells_in_each_row() -> None:
+    audits = [one(concept()), one(concept("few", n=5)), one(concept("hawks", about="hawk"))]
+    text = markdown(audits, "some.dictionary", ["hawks"])
+    assert all(f"**{a.concept}**" in text for a in audits)
+    assert "Lost since the audit before: hawks" in text
+    rows = [line.replace("\\|", "") for line in text.splitlines() if line.startswith("| ")]
+    tables = {row.count("|") for row in rows if "found" in row or "claim" in row or "verdict" in row}
+    assert len(tables) == 1
+    assert "label\\|4" in text
+
+
+def test_the_stage_writes_tables_report_and_monitors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae_core.safety.audit.PromptReader", SimpleNamespace(of=lambda atlas, lm: READER))
+    settings = SafetySettings(concepts=["citation_surnames", "power_seeking"], features=2)
+    lm = object.__new__(LanguageModel)
+    summary = build_audit(settings, ATLAS, lm, tmp_path, {"names_found": ["power_seeking"]})
+    assert summary["concepts"] == 2
+    assert summary["names_lost"] == ["power_seeking"]
+    assert summary["n_lost"] == 1
+    rows = pq.read_table(tmp_path / "audit.parquet").to_pylist()
+    assert [(row["concept"], row["rank"]) for row in rows] == [
+        (name, rank) for name in settings.concepts for rank in (1, 2)
+    ]
+    told = json.loads((tmp_path / "audit.json").read_text("utf-8"))
+    assert [row["concept"] for row in told] == settings.concepts
+    assert told[0]["monitor"]["asked"] == 0.05
+    assert len(load_detectors(tmp_path / "monitor.json")) == 2
+    assert "power_seeking" in (tmp_path / "audit.md").read_text("utf-8")
+
+
+def test_the_probe_points_along_what_differs_and_words_tell_words_apart() -> None:
+    raw = [pool([word] * 50).raw for word in ("owl", "mouse")]
+    probe = fit_probe(*raw)
+    assert np.argmax(probe.direction) == 1
+    assert probe.scores(raw[0]).mean() > probe.scores(raw[1]).mean()
+    words = fit_words(["an owl hoots", "the owl"], ["a mouse", "the mouse runs"])
+    assert words.decision_function(["owl"])[0] > words.decision_function(["mouse"])[0]
+
+
+def test_random_features_are_those_that_fire_and_do_as_luck_does() -> None:
+    found = random_features(np.arange(5, 30), pool(["owl"] * 60), pool(["mouse"] * 50))
+    assert abs(found.mean - 0.5) < 0.05
+    assert random_features(np.array([], int), pool(["owl"]), pool(["mouse"])) == (0.5, 0.5)
+
+
+def test_every_shipped_concept_has_a_pattern_that_its_written_positives_match() -> None:
+    import re
+
+    for chosen in load_concepts():
+        for rule in chosen.positive:
+            if rule.templates and chosen.name in ("golden_gate", "immunology"):
+                hits = [bool(re.search(chosen.about, text)) for text in rule.templates.find]
+                assert np.mean(hits) > 0.5, chosen.name
