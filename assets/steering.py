@@ -11,7 +11,7 @@ from assets.features import features
 from assets.partitions import dictionaries, site_of_dictionary
 from assets.resources import Workshop, launchpad
 from sae_core.artifacts import Made
-from sae_core.stages import VERSIONS
+from sae_core.stages import ON_DEMAND, VERSIONS
 from sae_core.study import SteeringReportSettings, SteeringSettings
 
 SteeringRun = launchpad(SteeringSettings)
@@ -49,9 +49,9 @@ def steering(context: dg.AssetExecutionContext, config: SteeringRun, workshop: W
 @dg.asset(
     partitions_def=dictionaries,
     deps=[*_READ, steering],
-    group_name="steering",
+    group_name="reports",
     kinds={"pytorch", "parquet", "markdown"},
-    code_version=str(VERSIONS["steering_report"]),
+    code_version=str(ON_DEMAND["steering_report"]),
     check_specs=specs("steering_report"),
 )
 def steering_report(

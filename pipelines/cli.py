@@ -349,14 +349,16 @@ def steer(
 
 
 @cli.command()
-@chosen
+@click.argument("study", default="quickstart")
+@click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a CUDA device when there is one.")
 @as_json
-def steering_report(study: str, dictionary: str, json_: bool) -> None:
-    """What steering did to texts, against controls, as Markdown; `run --until steering_report` measures it."""
+@click.pass_obj
+def steering_report(debug: bool, study: str, device: str, json_: bool) -> None:
+    """What steering with STUDY's features does to texts, measured against four controls."""
     from pipelines.console import print_json
     from sae_core.steering_report import MARKDOWN, read_report
 
-    folder = (atlas := _atlas(study, dictionary)).store.get("steering_report", atlas.dictionary).folder
+    folder = _make_report(debug, study, device, "steering_report", {}).folder
     if json_:
         print_json([row._asdict() for row in read_report(folder)])
     else:
@@ -638,18 +640,25 @@ def _model(atlas: Any, as_harvested: bool = False) -> Any:
 def _report(
     debug: bool, study: str, device: str, stage: str, changes: dict[str, Any], into: Path | None, json_: bool
 ) -> None:
-    """Make a report of a study's first dictionary through Dagster, unless it is there, and show it."""
-    name, target = _register(study), into.absolute() if into else None
-    os.environ.setdefault("DAGSTER_HOME", str(PROJECT))
-    if Path(os.environ["DAGSTER_HOME"]) == PROJECT:
-        os.chdir(PROJECT)
+    """Make a report, and show it, or put it into a page."""
+    from pipelines.reports import insert, show_report
 
+    target = into.absolute() if into else None
+    made = _make_report(debug, study, device, stage, changes)
+    if target:
+        insert(made, target)
+    show_report(made, json_)
+
+
+def _make_report(debug: bool, study: str, device: str, stage: str, changes: dict[str, Any]) -> Any:
+    """A report of a study's first dictionary, made through Dagster unless it is there."""
+    name = _register(study)
+    _settle()
     import dagster as dg
 
     from assets.partitions import STUDIES
     from assets.resources import Workshop
     from pipelines.console import progress
-    from pipelines.reports import insert, show_report
     from pipelines.run import materialize
     from sae_core.studies import Order
 
@@ -659,10 +668,7 @@ def _report(
     with dg.DagsterInstance.get() as instance, progress():
         if workshop.store.status(recipe).state != "made":
             materialize(stage, slug, wanted, workshop, instance, "DEBUG" if debug else "CRITICAL", **changes)
-    made = workshop.store.get(stage, slug)
-    if target:
-        insert(made, target)
-    show_report(made, json_)
+    return workshop.store.get(stage, slug)
 
 
 def _strength(text: str) -> tuple[int, float]:

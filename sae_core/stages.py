@@ -21,10 +21,10 @@ from sae_core.study import CorpusSettings, DictionarySettings, LabelSettings, Mo
 
 VERSIONS = {
     "corpus": 1, "activations": 1, "dictionary": 2, "features": 2, "neighbors": 1, "feature_map": 1, "steering": 1,
-    "labels": 3, "atlas": 1, "steering_report": 1,
+    "labels": 3, "atlas": 1,
 }  # fmt: skip
 
-ON_DEMAND = {"safety": 1, "multilingual": 1}
+ON_DEMAND = {"steering_report": 1, "safety": 1, "multilingual": 1}
 """Versions of the stages that are no part of an atlas, and made when somebody asks for them."""
 
 
@@ -58,9 +58,9 @@ def _dictionary_recipes(
     parts = (neighbors, feature_map, steering, labels)
     yield from parts
     yield _recipe("atlas", slug, {}, corpus, activations, trained, features, *parts)
-    report = _settings(study.steering_report)
-    yield _recipe("steering_report", slug, report, activations, trained, features, steering)
     if on_demand:
+        report = _settings(study.steering_report)
+        yield _recipe("steering_report", slug, report, activations, trained, features, steering)
         parents = (corpus, activations, trained, features)
         yield _recipe("safety", slug, _safety_settings(study), *parents)
         yield _recipe("multilingual", slug, _settings(study.multilingual), *parents)

@@ -41,11 +41,11 @@ def test_lineage_runs_from_the_corpus_to_the_labels():
     assert parents["activations"] == {"corpus"}
     assert parents["dictionary"] == {"activations", "corpus"}
     assert parents["features"] == {"dictionary", "activations", "corpus"}
-    assert parents["labels"] == {"features"}
+    assert parents["labels"] == {"features", "neighbors"}
     assert parents["steering"] == {"activations", "dictionary", "features"}
     assert parents["steering_report"] == parents["steering"] | {"steering"}
     assert parents["neighbors"] == parents["feature_map"] == {"dictionary"}
-    assert parents["atlas"] == set(VERSIONS) - {"atlas", "steering_report"}
+    assert parents["atlas"] == set(VERSIONS) - {"atlas"}
     assert parents["safety"] == parents["multilingual"] == {"features"}
 
 
@@ -154,7 +154,7 @@ def test_a_changed_study_file_is_followed_stage_by_stage(workshop: Workshop, mon
         monkeypatch.setattr("assets.resources.STUDIES", Studies([changed]))
         list(bring_up_to_date(changed, workshop, instance))
     after = {key: workshop.store.get(m.stage, m.slug).manifest for key, m in before.items()}
-    assert [m.stage for key, m in after.items() if m != before[key]] == ["neighbors", "atlas"]
+    assert [m.stage for key, m in after.items() if m != before[key]] == ["neighbors", "labels", "atlas"]
 
 
 def test_a_study_that_cannot_be_made_is_refused_before_its_shared_corpus_is_made(
