@@ -213,7 +213,7 @@ def test_labels_of_a_server_that_stops_midway_are_tried_again_and_nothing_is_bou
     root: Path, label_writer: dict[str, Any]
 ):
     label_writer["fail"] = range(4, 9)
-    result = materialize("labels", root, **label_writer["config"], features=10)
+    result = materialize("labels", root, **label_writer["config"], features=10, scorers=["embedding"])
     assert told(result, "labels")["n_labeled"] == 10
     assert [event.event_type_value for event in result.all_events].count("STEP_UP_FOR_RETRY") == 1
     assert label_writer["n"] == 10 + 5
