@@ -48,6 +48,8 @@ scorers = ["embedding"]
 fvu_max = 0.45
 dead_max = 0.25
 labeled_min = 0.5
+label_failures_max = 0.5
+beats_control_min = 0
 """
 NAME = "smollm2-135m-instruct.resid_post.L15.small.batch_top_k.w1024.k32"
 MIND_ATLAS = Path(sys.executable).with_name("mind-atlas")
