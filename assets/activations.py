@@ -38,7 +38,7 @@ def activations(context: dg.AssetExecutionContext, config: ActivationsRun, works
         with workshop.pool() as pool:
             return harvest(
                 study.activations, study.model, corpus.folder, draft.folder, workshop.torch_device(), report,
-                workshop.elsewhere(draft), pool,
+                workshop.elsewhere(draft), pool, workshop.other_sites(context, order),
             )  # fmt: skip
 
     result = workshop.make(context, "activations", config, build)

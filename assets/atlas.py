@@ -12,7 +12,7 @@ from assets.feature_map import feature_map
 from assets.features import features
 from assets.labels import labels
 from assets.neighbors import neighbors
-from assets.partitions import corpus_of_dictionary, dictionaries, site_of_dictionary
+from assets.partitions import corpus_of_dictionary, dictionaries, sites_of_dictionary
 from assets.resources import Workshop, launchpad
 from assets.steering import steering
 from sae_core.artifacts import Made
@@ -26,7 +26,7 @@ AtlasRun = launchpad(RetrainingSettings)
     partitions_def=dictionaries,
     deps=[
         dg.AssetDep(corpus, partition_mapping=corpus_of_dictionary),
-        dg.AssetDep(activations, partition_mapping=site_of_dictionary),
+        dg.AssetDep(activations, partition_mapping=sites_of_dictionary),
         dictionary,
         features,
         neighbors,

@@ -5,22 +5,23 @@ import dagster as dg
 from assets.activations import activations
 from assets.checks import specs
 from assets.corpus import corpus
-from assets.partitions import corpus_of_dictionary, dictionaries, site_of_dictionary
+from assets.partitions import corpus_of_dictionary, dictionaries, sites_of_dictionary
 from assets.plots import frontier_picture, training_curves
 from assets.resources import Workshop, launchpad
-from sae_core.artifacts import Made
+from sae_core.artifacts import Made, second
 from sae_core.frontier import frontier
 from sae_core.names import DictionarySpec
 from sae_core.stages import VERSIONS
 from sae_core.study import DictionarySettings
 
-DictionaryRun = launchpad(DictionarySettings, "architecture", "d_sae", "k", "l1_coefficient", "variant")
+NAMED = ("architecture", "d_sae", "k", "l1_coefficient", "variant", "writes", "writes_layer")
+DictionaryRun = launchpad(DictionarySettings, *NAMED)
 
 
 @dg.asset(
     partitions_def=dictionaries,
     deps=[
-        dg.AssetDep(activations, partition_mapping=site_of_dictionary),
+        dg.AssetDep(activations, partition_mapping=sites_of_dictionary),
         dg.AssetDep(corpus, partition_mapping=corpus_of_dictionary),
     ],
     group_name="dictionary",
@@ -39,6 +40,7 @@ def dictionary(context: dg.AssetExecutionContext, config: DictionaryRun, worksho
             draft.parents["corpus"].folder, draft.parents["activations"].folder, draft.folder,
             workshop.torch_device(), report, workshop.others(context, order),
             workshop.previous(draft.recipe.slug), order.study.retraining.warm_start,
+            second(draft.parents, "activations"),
         ),
         lambda made: _pictures(workshop, made),
     )  # fmt: skip

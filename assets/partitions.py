@@ -19,6 +19,10 @@ corpus_of_site = dg.StaticPartitionMapping({
 site_of_dictionary = dg.StaticPartitionMapping({
     site: {d for d in STUDIES.dictionaries if STUDIES.site_of(d) == site} for site in STUDIES.sites
 })  # fmt: skip
+sites_of_dictionary = dg.StaticPartitionMapping({
+    site: {d for d in STUDIES.dictionaries if site in STUDIES.sites_of(d)} for site in STUDIES.sites
+})  # fmt: skip
+"""With what a transcoder writes."""
 corpus_of_dictionary = dg.StaticPartitionMapping({
     corpus: {d for d in STUDIES.dictionaries if STUDIES.corpus_of(STUDIES.site_of(d)) == corpus}
     for corpus in STUDIES.corpora

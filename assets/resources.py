@@ -25,7 +25,7 @@ from sae_core.study import DictionarySettings
 from sae_core.study_files import explain
 
 if TYPE_CHECKING:
-    from sae_core.activations.harvest import Pool
+    from sae_core.activations.harvest import Plan, Pool
 
 Build = Callable[[Order, Draft, Report], dict[str, Any]]
 """Calls the one function of `sae_core` that makes a draft, and returns its summary."""
@@ -119,8 +119,11 @@ class Workshop(dg.ConfigurableResource):
 
     def elsewhere(self, draft: Draft) -> str:
         """URL that takes a draft's activations; empty when they stay in its folder."""
+        return self._elsewhere(draft.recipe.slug, draft.folder)
+
+    def _elsewhere(self, slug: str, folder: Path) -> str:
         url = (self.activations or os.environ.get("MIND_ATLAS_ACTIVATIONS", "")).rstrip("/")
-        return f"{url}/{draft.recipe.slug}/{draft.folder.name}" if url else ""
+        return f"{url}/{slug}/{folder.name}" if url else ""
 
     def make(
         self,
@@ -178,6 +181,27 @@ class Workshop(dg.ConfigurableResource):
                 found[folder] = settings
         return found
 
+    def other_sites(self, context: dg.AssetExecutionContext, order: Order) -> "list[Plan]":
+        """What the study wants of other sites, and has not yet, when the run is for a study as it is.
+
+        Only what is read alike: one pass of the model gives them all.
+        """
+        from sae_core.activations.harvest import Plan
+
+        found: list[Plan] = []
+        if STUDY_TAG not in context.run.tags:
+            return found
+        study = STUDIES.get(context.run.tags[STUDY_TAG])
+        for site in study.all_sites:
+            if site.at(order.study.activations.hook, order.study.activations.layer) != order.study.activations:
+                continue
+            recipe = Order(study.at(site), None).recipe("activations", study.named(site).slug)
+            folder = self.store.draft_folder(recipe)
+            if folder and site != order.study.activations:
+                corpus = self.store.get("corpus", study.corpus.name).folder
+                found.append(Plan(site, study.model, corpus, folder, self._elsewhere(recipe.slug, folder)))
+        return found
+
     def previous(self, slug: str) -> Path | None:
         """Folder of the dictionary that is served under this name; a new one follows it, and is trained alone."""
         now = served(self.store, slug)
@@ -185,7 +209,8 @@ class Workshop(dg.ConfigurableResource):
 
     def verdicts(self, order: Order, parents: dict[str, Made]) -> list[Verdict]:
         """The checks of all stages."""
-        return [v for stage, made in parents.items() for v in verdicts(stage, made.manifest.summary, order)]
+        manifests = [made.manifest for made in parents.values()]
+        return [v for manifest in manifests for v in verdicts(manifest.stage, manifest.summary, order)]
 
     def collect(self, slug: str) -> None:
         """Drop the generations that the dictionary's study does not want to keep any more."""

@@ -104,9 +104,9 @@ class StandIn:
         self._ready = torch.randn(rows, d_model, generator=generator).bfloat16()
         self._documents = torch.randn(1024, d_model, generator=generator).bfloat16()
 
-    def capture(self, hook: str, layer: int, token_ids: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
+    def capture_many(self, sites: list, token_ids: torch.Tensor, segments: torch.Tensor) -> list[torch.Tensor]:
         """Rows by token id, plus one by document."""
-        return self._ready[token_ids.long() % len(self._ready)] + self._documents[segments.long() % 1024]
+        return [self._ready[token_ids.long() % len(self._ready)] + self._documents[segments.long() % 1024]]
 
 
 def write_corpus(folder: Path, n_tokens: int) -> np.ndarray:

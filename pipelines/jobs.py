@@ -53,7 +53,7 @@ def retrain() -> None:
 
 def is_built(study: Study, store: ArtifactStore) -> bool:
     """Whether one of the study's dictionaries was made."""
-    return bool(set(store.slugs("dictionary")) & {study.spec(d).slug for d in study.dictionaries})
+    return bool(set(store.slugs("dictionary")) & {one.spec(d).slug for one, d in study.trainings})
 
 
 def build_config(study: Study) -> dict[str, Any]:

@@ -43,8 +43,8 @@ def summarize(study: Study, store: ArtifactStore) -> dict[str, Any]:
     """The numbers of a finished study, as JSON values."""
     corpus = store.get("corpus", study.corpus.name).manifest.summary
     dictionaries = []
-    for settings in study.dictionaries:
-        slug, order = study.spec(settings).slug, Order(study, settings)
+    for one, settings in study.trainings:
+        slug, order = one.spec(settings).slug, Order(one, settings)
         stages = ("dictionary", "features", "neighbors", "feature_map", "labels")
         summaries = {stage: store.get(stage, slug).manifest.summary for stage in stages}
         failed = [v.text for stage in stages for v in verdicts(stage, summaries[stage], order) if not v.passed]

@@ -130,7 +130,12 @@ class Draft:
     folder: Path
     """Write here. A killed run's files are still here for the next run with the same fingerprint."""
     parents: dict[str, Made]
-    """The finished parents, by stage."""
+    """The finished parents, by stage; a second one of a stage by its key."""
+
+
+def second(parents: dict[str, Made], stage: str) -> Path | None:
+    """Of a draft's parents, the folder of the second one of a stage, if it has two."""
+    return next((made.folder for name, made in parents.items() if name.startswith(f"{stage}/")), None)
 
 
 class ArtifactStore:
@@ -245,8 +250,11 @@ class ArtifactStore:
         return None if found and found.fingerprint == wanted else self._home(recipe.stage, recipe.slug) / wanted
 
     def _wanted(self, recipe: Recipe) -> tuple[dict[str, Made], dict[str, str], str]:
-        """The parents as they are, by stage; their fingerprints; and the artifact's that follows."""
-        parents = {parent.stage: self.get(parent.stage, parent.slug) for parent in recipe.parents}
+        """The parents as they are, as in `Draft`; their fingerprints; and the artifact's that follows."""
+        parents: dict[str, Made] = {}
+        for parent in recipe.parents:
+            name = parent.key if parent.stage in parents else parent.stage
+            parents[name] = self.get(parent.stage, parent.slug)
         for made in parents.values():
             if damage := self.damage(made.manifest):
                 raise ArtifactError(f"{made.folder}: {'; '.join(damage.values())}: `mind-atlas run` makes it again")

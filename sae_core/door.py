@@ -19,7 +19,8 @@ def require_site(study: Study, report: Report = silent) -> None:
         CatalogError: the model cannot be found or fetched.
     """
     model = LanguageModel.outline(study.model, report)
-    model.site(study.activations.hook, study.activations.layer)
+    for site in study.all_sites:
+        model.site(site.hook, site.layer)
     if model.context is not None and study.corpus.block_tokens > model.context:
         raise ModelError(
             f"corpus.block_tokens = {study.corpus.block_tokens}: the model's context is {model.context} tokens: "

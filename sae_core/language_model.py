@@ -25,6 +25,8 @@ from sae_core.study import ModelSettings
 __all__ = ["Edit", "LanguageModel", "Message", "ModelError", "load_tokenizer", "places"]
 
 Edit = Callable[[Tensor], Tensor]
+EditFrom = Callable[[Tensor, Tensor], Tensor]
+"""What becomes of the second site's activations, from the first's and its own."""
 """Takes the activations [batch, length, d_model] at a site and returns what replaces them."""
 Message = Mapping[str, str]
 """One turn of a conversation: `role` (`system`, `user`, `assistant`) and `content`."""
@@ -220,6 +222,26 @@ class LanguageModel:
         the order in which they were entered. Raises ModelError when the model has no such site.
         """
         with self._attached(hook, layer, fn):
+            yield
+
+    @contextmanager
+    def edit_from(self, read: tuple[Hook, int], written: tuple[Hook, int], fn: EditFrom) -> Iterator[None]:
+        """As `edit` of the site `written`, by `fn` of the activations at `read`, earlier in the pass, and of its own.
+
+        Raises ModelError when the model has no such site.
+        """
+        seen: list[Tensor] = []
+
+        def look(acts: Tensor) -> Tensor:
+            seen[:] = [acts.clone()]  # the model may go on to add to it in place
+            return acts
+
+        with ExitStack() as stack:
+            if read == written:
+                stack.enter_context(self.edit(*written, lambda acts: fn(acts, acts)))
+            else:
+                stack.enter_context(self.edit(*read, look))
+                stack.enter_context(self.edit(*written, lambda acts: fn(seen[0], acts)))
             yield
 
     @contextmanager

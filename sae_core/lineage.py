@@ -25,6 +25,7 @@ from torch import Tensor
 from sae_core.artifacts import write_atomically
 from sae_core.dictionary import Dictionary
 from sae_core.dictionary.sparse import SparseActs
+from sae_core.dictionary.transcoder import sides
 from sae_core.errors import MindAtlasError
 
 Fate = Literal["kept", "moved", "split", "merged", "born", "died"]
@@ -85,12 +86,12 @@ class Alike(NamedTuple):
         return (self.cosine + self.correlation) / 2
 
 
-def lineage(old: Dictionary, new: Dictionary, activations: Iterable[Float[Tensor, "_ d_model"]]) -> list[Kin]:
+def lineage(old: Dictionary, new: Dictionary, activations: Iterable[Float[Tensor, "_ *site d_model"]]) -> list[Kin]:
     """What became of every feature: a line for each new one, in order, then one for each old one that is not matched.
 
     Args:
         old, new: dictionaries of the same site; their sizes may differ.
-        activations: raw activations of the site, in batches: the common tokens.
+        activations: raw activations of the site, or pairs, in batches: the common tokens.
 
     Raises:
         LineageError: the dictionaries read activations of different widths.
@@ -107,7 +108,7 @@ def lineage(old: Dictionary, new: Dictionary, activations: Iterable[Float[Tensor
 def follow(
     old: Dictionary,
     new: Dictionary,
-    activations: Iterable[Float[Tensor, "_ d_model"]],
+    activations: Iterable[Float[Tensor, "_ *site d_model"]],
     previous: Path,
     folder: Path,
 ) -> Dictionary:
@@ -141,7 +142,7 @@ def _places(lines: list[Kin], n_old: int, n_new: int) -> list[int]:
     return [fits[i] if i in fits else next(free) for i in range(n_new)]
 
 
-def _alike(old: Dictionary, new: Dictionary, activations: Iterable[Float[Tensor, "_ d_model"]]) -> Alike:
+def _alike(old: Dictionary, new: Dictionary, activations: Iterable[Float[Tensor, "_ *site d_model"]]) -> Alike:
     """The pairs worth comparing: each feature with the nearest ones of the other dictionary."""
     pairs = np.unique(np.concatenate([_nearest(new, old), _nearest(old, new)[:, ::-1]]), axis=0)
     cosine = (new.W_dec[pairs[:, 0]] * old.W_dec[pairs[:, 1]]).sum(1).double().cpu().numpy()
@@ -163,7 +164,7 @@ def _correlation(
     sums, squares = ([np.zeros(d.d_sae) for d in (new, old)] for _ in range(2))
     for x in activations:
         n += len(x)
-        acts = [_columns(d.encode_sparse(x), d.d_sae) for d in (new, old)]
+        acts = [_columns(d.encode_sparse(sides(x)[0]), d.d_sae) for d in (new, old)]
         for side, a in enumerate(acts):
             sums[side] += a.sum(axis=0)
             squares[side] += a.multiply(a).sum(axis=0)

@@ -21,7 +21,8 @@ from torch.nn.functional import cosine_similarity, cross_entropy, kl_div
 
 from sae_core.corpus.packing import kept_apart
 from sae_core.dictionary import Dictionary
-from sae_core.language_model import Edit, LanguageModel
+from sae_core.dictionary.transcoder import sides
+from sae_core.language_model import EditFrom, LanguageModel
 from sae_core.names import Hook
 from sae_core.study import Packing
 
@@ -83,8 +84,8 @@ class _Sums:
         return self.error / variance if variance else torch.nan
 
 
-def measure(dictionary: Dictionary, batches: Iterable[Float[Tensor, "batch d_model"]]) -> Quality:
-    """Reconstruct every activation of `batches` and compare.
+def measure(dictionary: Dictionary, batches: Iterable[Float[Tensor, "batch *site d_model"]]) -> Quality:
+    """Reconstruct every activation of `batches` and compare; of pairs, the written ones from those that are read.
 
     Raises:
         ValueError: there is no activation at all.
@@ -92,9 +93,9 @@ def measure(dictionary: Dictionary, batches: Iterable[Float[Tensor, "batch d_mod
     sums = _Sums(dictionary.d_model)
     n_fired = torch.zeros(dictionary.d_sae, dtype=torch.int64)
     for x in batches:
-        x = x.to(dictionary.device)
-        acts = dictionary.encode_sparse(x)
-        sums.add(x, dictionary.decode(acts), len(acts.value))
+        read, wanted = sides(x.to(dictionary.device))
+        acts = dictionary.encode_sparse(read)
+        sums.add(wanted, dictionary.decode(acts), len(acts.value))
         n_fired += torch.bincount(acts.feature, minlength=dictionary.d_sae).cpu()
     if not sums.n:
         raise ValueError("no activations to measure on")
@@ -148,26 +149,30 @@ def splice(
 ) -> Spliced:
     """Run the model clean, spliced, mean-ablated and zero-ablated on the same text.
 
+    What is replaced is what the dictionary gives: of a transcoder, the activations that it writes, from those that it
+    reads in the same pass.
+
     Attention sinks and padding keep their own activations and are not counted: the dictionary never saw them, and
     one replaced sink ruins every prediction after it, which would say nothing about the dictionary. A prediction
     counts when its token was replaced and the next token belongs to the same document.
 
     Args:
         model: the model the activations come from.
-        hook: kind of the site.
-        layer: layer of the site.
+        hook: kind of the site that is read.
+        layer: layer of that site.
         dictionary: what is judged.
-        mean: the training activations' mean.
+        mean: the mean of the training activations that are replaced.
         token_ids: blocks of text.
         documents: document of each token, -1 for padding.
         is_sink: the tokens that were left out of training as sinks.
         packing: whether attention restarts at each document.
     """
-    edits: dict[str, Edit] = {
-        "spliced": lambda x: dictionary.decode(dictionary.encode_sparse(x)),
-        "mean_ablated": lambda x: mean.expand_as(x),
-        "zero_ablated": torch.zeros_like,
+    edits: dict[str, EditFrom] = {
+        "spliced": lambda x, _: dictionary.decode(dictionary.encode_sparse(x)),
+        "mean_ablated": lambda _, y: mean.expand_as(y),
+        "zero_ablated": lambda _, y: torch.zeros_like(y),
     }
+    read = hook, layer
     sums: dict[str, float] = dict.fromkeys(["clean", "kl", *edits], 0.0)
     n = 0
     for ids, document, replaced in _passes(token_ids, documents, ~is_sink & (documents >= 0)):
@@ -178,7 +183,7 @@ def splice(
         clean = _predictions(model, ids, segments, counted)
         sums["clean"] += float(cross_entropy(clean, targets, reduction="sum"))
         for name, edit in edits.items():
-            with model.edit(hook, layer, _only(replaced, edit)):
+            with model.edit_from(read, dictionary.writes or read, _only(replaced, edit)):
                 edited = _predictions(model, ids, segments, counted)
             sums[name] += float(cross_entropy(edited, targets, reduction="sum"))
             if name == "spliced":
@@ -202,12 +207,14 @@ def _predictions(
     return model.logits(ids, segments)[:, :-1][counted].float()
 
 
-def _only(replaced: Bool[Tensor, "batch length"], edit: Edit) -> Edit:
+def _only(replaced: Bool[Tensor, "batch length"], edit: EditFrom) -> EditFrom:
     """The edit of the replaced positions alone."""
 
-    def apply(x: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "batch length d_model"]:
-        edited = x.clone()
-        edited[replaced] = edit(x[replaced]).to(x.dtype)
+    def apply(
+        x: Float[Tensor, "batch length d_model"], y: Float[Tensor, "batch length d_model"]
+    ) -> Float[Tensor, "batch length d_model"]:
+        edited = y.clone()
+        edited[replaced] = edit(x[replaced], y[replaced]).to(y.dtype)
         return edited
 
     return apply

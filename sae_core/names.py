@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple, cast, get_args
 from sae_core.errors import MindAtlasError
 
 Hook = Literal["resid_pre", "resid_post", "mlp_in", "mlp_out", "attn_out"]
+REACHED: tuple[Hook, ...] = ("resid_pre", "attn_out", "mlp_in", "mlp_out", "resid_post")
+"""A layer's sites in the order in which a forward pass comes by."""
 
 
 class SlugError(MindAtlasError):
@@ -46,28 +48,34 @@ class DictionarySpec(NamedTuple):
     l1_coefficient: float | None = None
     """Names what has no `k`."""
     variant: str = ""
+    writes: tuple[Hook, int] | None = None
+    """Kind and layer of the site that a transcoder writes; `site` is the one it reads."""
 
     @property
     def slug(self) -> str:
+        to = f".{self.writes[0]}.L{self.writes[1]:02d}" if self.writes else ""
         sparsity = f"k{self.k}" if self.l1_coefficient is None else f"l{_number_slug(self.l1_coefficient)}"
         end = f".{self.variant}" if self.variant else ""
-        return f"{self.site.slug}.{self.architecture}.w{self.d_sae}.{sparsity}{end}"
+        return f"{self.site.slug}.{self.architecture}{to}.w{self.d_sae}.{sparsity}{end}"
 
     @classmethod
     def parse(cls, slug: str) -> "DictionarySpec":
         """The dictionary of a slug. Raises SlugError when it is none."""
         found = re.fullmatch(
-            r"(.+)\.([a-z_]+)\.w(\d+)\.(?:k(\d+)|l(\d+(?:_\d+)?(?:e[+-]?\d+)?))(?:\.([a-z0-9-]+))?", slug
+            rf"(.+)\.([a-z_]+)(?:\.({'|'.join(REACHED)})\.L(\d+))?"
+            r"\.w(\d+)\.(?:k(\d+)|l(\d+(?:_\d+)?(?:e[+-]?\d+)?))(?:\.([a-z0-9-]+))?",
+            slug,
         )
         if not found:
             raise SlugError(
                 f"{slug!r} is no dictionary: expected <site>.<architecture>.w<d_sae>.k<k>[.<variant>], "
-                "or l<l1_coefficient> in place of k<k>"
+                "or l<l1_coefficient> in place of k<k>, or transcoder.<hook>.L<layer> for the architecture"
             )
-        site, architecture, d_sae, k, penalty, variant = found.groups()
+        site, architecture, hook, layer, d_sae, k, penalty, variant = found.groups()
+        writes = (cast(Hook, hook), int(layer)) if hook else None
         l1_coefficient = float(penalty.replace("_", ".")) if penalty else None
         k = int(k) if k else None
-        return cls(Site.parse(site), architecture, int(d_sae), k, l1_coefficient, variant or "")
+        return cls(Site.parse(site), architecture, int(d_sae), k, l1_coefficient, variant or "", writes)
 
 
 def to_slug(name: str) -> str:

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae_core.activations import Activations
-from sae_core.artifacts import ArtifactStore, Made, write_atomically
+from sae_core.activations.pair import open_sites
+from sae_core.artifacts import ArtifactStore, Made, second, write_atomically
 from sae_core.checks import Verdict
 from sae_core.dictionary import Dictionary
 from sae_core.errors import MindAtlasError
@@ -68,7 +69,8 @@ def build_atlas(
     """
     slug = parents["dictionary"].manifest.slug
     champion = served(store, slug)
-    sample = _sample(Activations.open(parents["activations"].folder, "held_out"))
+    written = second(parents, "activations")
+    sample = _sample(open_sites(parents["activations"].folder, written, "held_out"))
     lines = _own(verdicts)
     fates = _fates(parents["dictionary"].folder)
     if isinstance(champion, Snapshot):
@@ -97,7 +99,7 @@ def build_atlas(
     }
 
 
-def _sample(activations: Activations) -> Float[Tensor, "tokens d_model"]:
+def _sample(activations: Activations) -> Float[Tensor, "tokens *site d_model"]:
     """The first held-out activations that are no sinks; their shards are shuffled."""
     kept, n = [], 0
     for shard in activations.shards():
@@ -127,7 +129,7 @@ def _compare(
     settings: RetrainingSettings,
     old: Dictionary,
     new: Dictionary,
-    samples: dict[str, Float[Tensor, "_ d_model"]],
+    samples: dict[str, Float[Tensor, "_ *site d_model"]],
     fates: Counter[str],
 ) -> Iterator[Line]:
     """Champion against challenger."""

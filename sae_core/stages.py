@@ -37,17 +37,28 @@ def recipes(study: Study, on_demand: bool = False) -> Iterator[Recipe]:
     model = identify_model(study.model)
     corpus = _recipe("corpus", study.corpus.name, _corpus_settings(study.corpus) | {"model": model})
     yield corpus
-    activations = _recipe("activations", study.site.slug, _settings(study.activations) | {"model": model}, corpus)
-    yield activations
-    for dictionary in study.dictionaries:
-        yield from _dictionary_recipes(study, dictionary, corpus, activations, on_demand)
+    sites = {
+        study.named(site): _recipe("activations", study.named(site).slug, _settings(site) | {"model": model}, corpus)
+        for site in study.all_sites
+    }
+    yield from sites.values()
+    for one, dictionary in study.trainings:
+        written = one.written(dictionary)
+        read, also = sites[one.site], [sites[one.named(written)]] if written else []
+        yield from _dictionary_recipes(one, dictionary, corpus, read, also, on_demand)
 
 
 def _dictionary_recipes(
-    study: Study, dictionary: DictionarySettings, corpus: Recipe, activations: Recipe, on_demand: bool
+    study: Study,
+    dictionary: DictionarySettings,
+    corpus: Recipe,
+    activations: Recipe,
+    written: list[Recipe],
+    on_demand: bool,
 ) -> Iterator[Recipe]:
+    """A dictionary and all that follows; `written` is what a transcoder writes, if it is one."""
     slug = study.spec(dictionary).slug
-    trained = _recipe("dictionary", slug, _dictionary_settings(dictionary), corpus, activations)
+    trained = _recipe("dictionary", slug, _dictionary_settings(dictionary), corpus, activations, *written)
     features = _recipe("features", slug, _settings(study.features), corpus, activations, trained)
     yield trained
     yield features
@@ -57,7 +68,7 @@ def _dictionary_recipes(
     labels = _recipe("labels", slug, _label_settings(study.labels), features, neighbors)
     parts = (neighbors, feature_map, steering, labels)
     yield from parts
-    yield _recipe("atlas", slug, {}, corpus, activations, trained, features, *parts)
+    yield _recipe("atlas", slug, {}, corpus, activations, *written, trained, features, *parts)
     if on_demand:
         report = _settings(study.steering_report)
         yield _recipe("steering_report", slug, report, activations, trained, features, steering)

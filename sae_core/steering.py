@@ -6,7 +6,6 @@ Exact and cheap: one encoder row and one decoder row a feature; what the diction
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -52,7 +51,7 @@ class Steer(NamedTuple):
 
 
 class Steering:
-    """An edit of a dictionary's site that changes features, for `LanguageModel.edit` or `generation.generate`.
+    """An edit of a dictionary's site that changes features, in place with `applied` or `generation.generate`.
 
         x' = x + sum_i (t_i - f_i(x)) * W_dec[i]
 
@@ -60,6 +59,9 @@ class Steering:
     which stays as it is (Templeton et al. 2024, "Methodological details" of steering). All f_i are those of the
     unchanged x: the features are changed together, in no order. Computed in float32 and returned in the type of x;
     where every t_i = f_i, x comes back bit for bit.
+
+    A transcoder's features are read at one site and act at another: f_i is of the x that it reads, and what is changed
+    is the activation that it writes. At the site that it reads, its decoder rows mean nothing.
 
     Attributes:
         site: where the dictionary reads the model.
@@ -94,10 +96,18 @@ class Steering:
 
         Raises:
             SteeringError: a feature does not exist, never fires, or is named twice for the same rows; a strength is
-                not finite, or negative with `min_clamp`; a method or scope is none.
+                not finite, or negative with `min_clamp`; a method or scope is none; a transcoder does not say what it
+                writes.
         """
         _check(steers, max_acts, scope, repeats=rows is not None)
         self.site, self.steers, self.scope = site, tuple(steers), scope
+        if dictionary.config["architecture"] == "transcoder" and dictionary.writes is None:
+            raise SteeringError(
+                f"the transcoder does not say which site it writes, and its features do nothing at {site.hook}, which "
+                "it reads: train it with writes and writes_layer"
+            )
+        self._read = site.hook, site.layer
+        self._written = dictionary.writes or self._read
         device = dictionary.device
         chosen = torch.tensor([steer.feature for steer in steers], dtype=torch.long)
         maxima = max_acts.cpu().double()[chosen].tolist()
@@ -124,19 +134,24 @@ class Steering:
         self, lm: LanguageModel, where: Bool[Tensor, "batch length"] | None = None
     ) -> AbstractContextManager[None]:
         """Inside the `with`, every forward pass is steered, at the positions `where` (default: all)."""
-        return lm.edit(self.site.hook, self.site.layer, partial(self, where=where))
+        return lm.edit_from(self._read, self._written, lambda read, x: self(x, where, read))
 
     def __call__(
-        self, x: Float[Tensor, "batch length d_model"], where: Bool[Tensor, "batch length"] | None = None
+        self,
+        x: Float[Tensor, "batch length d_model"],
+        where: Bool[Tensor, "batch length"] | None = None,
+        read: Float[Tensor, "batch length d_model"] | None = None,
     ) -> Float[Tensor, "batch length d_model"]:
+        """What becomes of `x`, where `where`, by the features of `read` (default: of `x`)."""
         if not self.steers:
             return x
         plain = x.float()
-        acts = self._encode(plain)
+        seen = plain if read is None else read.float()
+        acts = self._encode(seen)
         change = self._kept * acts + self._goal
         change = torch.where(self._least, change.clamp(min=0), change)
         change[change.abs() <= _ROUNDING * acts.abs()] = 0
-        still = plain.norm(dim=-1) > self._sink_norm
+        still = seen.norm(dim=-1) > self._sink_norm
         if where is not None:
             still = still | ~where
         change[still] = 0

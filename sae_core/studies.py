@@ -7,7 +7,7 @@ from typing import NamedTuple
 from sae_core.artifacts import PROJECT, Recipe, home
 from sae_core.settings import Settings
 from sae_core.stages import recipes
-from sae_core.study import DictionarySettings, Study
+from sae_core.study import ActivationSettings, DictionarySettings, Study
 from sae_core.study_files import StudyError, load_study
 
 
@@ -17,7 +17,10 @@ def study_folders() -> tuple[Path, Path]:
 
 
 class Order(NamedTuple):
-    """An artifact somebody asks for: the study that describes it, and which of its dictionaries, if it is one's."""
+    """An artifact somebody asks for: the study that describes it, and which of its dictionaries, if it is one's.
+
+    The study is that of the artifact's one site, where it has one.
+    """
 
     study: Study
     dictionary: DictionarySettings | None
@@ -40,8 +43,10 @@ class Order(NamedTuple):
             return self
         old = self.settings(section)
         new = type(old).model_validate(old.model_dump() | changes)
-        if section == "dictionary":
-            return Order(self.study.model_copy(update={"dictionaries": [new]}), new)  # type: ignore[arg-type]
+        if isinstance(new, DictionarySettings):
+            return Order(self.study.model_copy(update={"dictionaries": [new]}), new)
+        if isinstance(new, ActivationSettings):
+            return Order(self.study.at(new), self.dictionary)
         return Order(self.study.model_copy(update={section: new}), self.dictionary)
 
     def recipe(self, stage: str, slug: str) -> Recipe:
@@ -85,14 +90,21 @@ class Studies:
 
         Raises StudyError when no study asks for it.
         """
-        for table in (self.corpora, self.sites, self.dictionaries):
+        orders = orders_of(self.get(study)) if study else (self.corpora, self.sites, self.dictionaries)
+        for table in orders:
             if slug in table:
-                return table[slug]._replace(study=self.get(study)) if study else table[slug]
+                return table[slug]
         raise StudyError(f"no study asks for {slug}: add its study file again, and reload Dagster's code location")
 
     def site_of(self, dictionary: str) -> str:
-        """Slug of the site that a dictionary is trained on."""
+        """Slug of the site that a dictionary reads."""
         return self.dictionaries[dictionary].study.site.slug
+
+    def sites_of(self, dictionary: str) -> set[str]:
+        """Slugs of the sites that a dictionary is trained on: a transcoder writes another than it reads."""
+        order = self.dictionaries[dictionary]
+        written = order.study.written(order.trained)
+        return {order.study.site.slug} | ({order.study.named(written).slug} if written else set())
 
     def corpus_of(self, site: str) -> str:
         """Name of the corpus that a site is read over."""
@@ -102,13 +114,38 @@ class Studies:
         if study.name in self.by_name:
             raise StudyError(f"two study files are called {study.name}: rename one")
         self.by_name[study.name] = study
-        _enter(self.corpora, study.corpus.name, Order(study, None), "model", "corpus")
-        _enter(self.sites, study.site.slug, Order(study, None), "model", "corpus", "activations")
-        for dictionary in study.dictionaries:
-            slug = study.spec(dictionary).slug
-            after = ("features", "neighbors", "feature_map", "labels", "steering", "steering_report")
-            sections = ("dictionary", *after, "safety", "multilingual")
-            _enter(self.dictionaries, slug, Order(study, dictionary), *sections)
+        after = (
+            "features",
+            "neighbors",
+            "feature_map",
+            "labels",
+            "steering",
+            "steering_report",
+            "safety",
+            "multilingual",
+        )
+        sections = ("model", "corpus"), ("model", "corpus", "activations"), ("dictionary", *after)
+        tables = (self.corpora, self.sites, self.dictionaries)
+        for table, orders, named in zip(tables, orders_of(study), sections, strict=True):
+            for slug, order in orders.items():
+                _enter(table, slug, order, *named)
+
+
+class Orders(NamedTuple):
+    """What a study asks for, by slug."""
+
+    corpora: dict[str, Order]
+    sites: dict[str, Order]
+    dictionaries: dict[str, Order]
+
+
+def orders_of(study: Study) -> Orders:
+    """Every artifact of the study, and the study as it is at the artifact's site."""
+    return Orders(
+        {study.corpus.name: Order(study, None)},
+        {study.named(site).slug: Order(study.at(site), None) for site in study.all_sites},
+        {one.spec(dictionary).slug: Order(one, dictionary) for one, dictionary in study.trainings},
+    )
 
 
 def _enter(table: dict[str, Order], slug: str, order: Order, *sections: str) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_serializer, model_validator
 
-from sae_core.names import DictionarySpec, Hook, Site, to_slug
+from sae_core.names import REACHED, DictionarySpec, Hook, Site, to_slug
 from sae_core.settings import Settings
 
 Architecture = Literal[
@@ -96,7 +96,8 @@ class ActivationSettings(Settings):
     """Which activations are read, and how they are kept."""
 
     hook: Hook = "resid_post"
-    """Where the model is read: the residual stream before or after a layer, or a sublayer's input or output."""
+    """Where the model is read: the residual stream before or after a layer, or a sublayer's input or output. A list
+    here or in `layer` makes several sites, all read in one pass of the model, each with all of the dictionaries."""
     layer: int = Field(ge=0)
     """Layer that is read, counted from 0; the middle of the model is the paper's choice."""
     precision: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -147,12 +148,20 @@ class ActivationSettings(Settings):
         """The type the activations are kept in, by name."""
         return self.precision if self.kept_as == "computed" else self.kept_as
 
+    def at(self, hook: Hook, layer: int) -> "ActivationSettings":
+        """The same at another site."""
+        return self.model_copy(update={"hook": hook, "layer": layer})
+
 
 class DictionarySettings(Settings):
     """The sparse dictionary and how it is trained."""
 
     architecture: Architecture = "batch_top_k"
-    """Which sparse autoencoder; see `sae_core/dictionary/`."""
+    """Which sparse autoencoder; see `sae_core/dictionary/`. A `transcoder` writes another site than it reads."""
+    writes: Hook | None = None
+    """Kind of the site that a transcoder writes; default `mlp_out`. It must come after the one that is read."""
+    writes_layer: int | None = Field(None, ge=0)
+    """Layer of that site; default the one that is read."""
     source: str = ""
     """Folder of a finished one (SAELens, dictionary_learning, sparsify) to import; empty to train. What names a
     dictionary (architecture, d_sae, k or l1_coefficient) must be what the folder says; how to train has no effect."""
@@ -193,14 +202,19 @@ class DictionarySettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _sparsity(cls, values: Any) -> Any:
-        """Fill in the default of the one setting that the architecture's sparsity hangs on, and refuse the other."""
+        """Fill in the default of the one setting that the architecture's sparsity hangs on, and refuse the other; so
+        with what only a transcoder has."""
         if not isinstance(values, dict):
             return values
         own, foreign = _sparsity_keys(architecture := values.get("architecture", "batch_top_k"))
         if values.get(foreign) is not None:
             raise ValueError(f"{foreign} = {values[foreign]} is no setting of {architecture}: give {own} in its place")
-        default = 32 if own == "k" else PENALIZED[architecture]
-        return values | ({own: default} if values.get(own) is None else {})
+        defaults = {own: 32 if own == "k" else PENALIZED[architecture]}
+        if architecture == "transcoder":
+            defaults["writes"] = "mlp_out"
+        elif named := next((key for key in ("writes", "writes_layer") if values.get(key) is not None), None):
+            raise ValueError(f"{named} = {values[named]} is no setting of {architecture}: only a transcoder writes")
+        return values | {key: default for key, default in defaults.items() if values.get(key) is None}
 
     @model_serializer(mode="wrap")
     def _own_settings(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
@@ -216,6 +230,12 @@ class DictionarySettings(Settings):
         if self.lr_warmup + self.lr_decay > 1:
             raise ValueError("lr_warmup and lr_decay together exceed 1: the two shares must not overlap")
         return self
+
+    def read_at(self, site: ActivationSettings) -> "DictionarySettings":
+        """The same for what is read at this site: with the layer that is written, which may hang on it."""
+        if self.writes is None or self.writes_layer is not None:
+            return self
+        return self.model_copy(update={"writes_layer": site.layer})
 
 
 def _sparsity_keys(architecture: Any) -> tuple[str, str]:
@@ -433,7 +453,8 @@ class Study(Settings):
     """One sentence for people."""
     model: ModelSettings
     corpus: CorpusSettings
-    activations: ActivationSettings
+    sites: list[ActivationSettings] = Field(min_length=1)
+    """What is read: one entry for each combination of the `[activations]` table's lists."""
     dictionaries: list[DictionarySettings]
     """The sweep: one entry for each combination of the `[dictionary]` table's lists."""
     features: FeatureSettings = FeatureSettings()
@@ -457,10 +478,60 @@ class Study(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _written_after_read(self) -> "Study":
+        for study, dictionary in self.trainings:
+            written, read = study.written(dictionary), study.activations
+            if written and _reached(written) <= _reached(read):
+                raise ValueError(
+                    f"dictionary.writes = {written.hook} of layer {written.layer} does not come after what is read, "
+                    f"{read.hook} of layer {read.layer}: a transcoder writes what the model computes later"
+                )
+        return self
+
+    @property
+    def activations(self) -> ActivationSettings:
+        """The site that is read; of several, the first."""
+        return self.sites[0]
+
     @property
     def site(self) -> Site:
-        return Site(self.model.slug, self.activations.hook, self.activations.layer, self.corpus.name)
+        """The same by name."""
+        return self.named(self.activations)
+
+    def named(self, site: ActivationSettings) -> Site:
+        """The name of a site."""
+        return Site(self.model.slug, site.hook, site.layer, self.corpus.name)
+
+    def at(self, site: ActivationSettings) -> "Study":
+        """The study of that one site."""
+        dictionaries = [dictionary.read_at(site) for dictionary in self.dictionaries]
+        return self.model_copy(update={"sites": [site], "dictionaries": dictionaries})
+
+    @property
+    def trainings(self) -> "list[tuple[Study, DictionarySettings]]":
+        """Every dictionary, each with the study of its one site."""
+        return [(study, dictionary) for study in map(self.at, self.sites) for dictionary in study.dictionaries]
+
+    def written(self, dictionary: DictionarySettings) -> ActivationSettings | None:
+        """The site that a dictionary writes, where that is another than it reads."""
+        d = dictionary.read_at(self.activations)
+        return None if d.writes is None or d.writes_layer is None else self.activations.at(d.writes, d.writes_layer)
+
+    @property
+    def all_sites(self) -> list[ActivationSettings]:
+        """Every site whose activations are wanted, what transcoders write included; each once."""
+        written = [study.written(dictionary) for study, dictionary in self.trainings]
+        found = {self.named(site): site for site in (*self.sites, *written) if site}
+        return list(found.values())
 
     def spec(self, dictionary: DictionarySettings) -> DictionarySpec:
-        d = dictionary
-        return DictionarySpec(self.site, d.architecture, d.d_sae, d.k, d.l1_coefficient, d.variant)
+        """What names a dictionary at the study's site."""
+        d, written = dictionary, self.written(dictionary)
+        writes = (written.hook, written.layer) if written else None
+        return DictionarySpec(self.site, d.architecture, d.d_sae, d.k, d.l1_coefficient, d.variant, writes)
+
+
+def _reached(site: ActivationSettings) -> tuple[int, int]:
+    """When a forward pass comes by."""
+    return site.layer, REACHED.index(site.hook)

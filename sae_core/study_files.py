@@ -1,6 +1,7 @@
 """Study files: read, checked, and refused with the key, the value and the cure.
 
-A list in the `[dictionary]` table is a sweep: one dictionary for each combination.
+A list in the `[dictionary]` table is a sweep: one dictionary for each combination. So is `hook` or `layer` in
+`[activations]`: each site has all of the dictionaries.
 """
 
 import itertools
@@ -13,6 +14,9 @@ from pydantic import ValidationError
 from sae_core.errors import MindAtlasError
 from sae_core.names import to_slug
 from sae_core.study import Study
+
+_TABLES = {"dictionaries": "dictionary", "sites": "activations"}
+"""What a study's sweeps are called in its file."""
 
 
 class StudyError(MindAtlasError):
@@ -37,11 +41,9 @@ def load_study(path: Path) -> Study:
         raise StudyError(f"{path}: {explain(error)}") from None
     except ValueError as error:
         raise StudyError(f"{path}: {error}") from None
-    if any(dictionary.architecture == "transcoder" for dictionary in study.dictionaries):
-        raise StudyError(
-            f"{path}: a transcoder reads one site and writes another, and a study has one: train it in Python, with "
-            "sae_core.dictionary.trainer.Training on a sae_core.activations.Pair; or give another architecture"
-        )
+    sites = [study.named(site).slug for site in study.sites]
+    if twice := next((s for s in sites if sites.count(s) > 1), None):
+        raise StudyError(f"{path}: two sites are called {twice}: only activations.hook and layer may be lists")
     slugs = [study.spec(d).slug for d in study.dictionaries]
     if twice := next((s for s in slugs if slugs.count(s) > 1), None):
         raise StudyError(f"{path}: two dictionaries are called {twice}: give each a `variant` of its own")
@@ -52,7 +54,8 @@ def _study(table: dict[str, Any], path: Path) -> Study:
     """The parsed table as a study. Raises ValueError (as which pydantic's ValidationError counts)."""
     table = _resolve_paths({**table, "name": to_slug(path.stem).replace(".", "-")}, path.parent)
     table["corpus"] = {"name": table["name"], **table.get("corpus", {})}
-    table["dictionaries"] = _sweep(table.pop("dictionary", {}))
+    table["dictionaries"] = _sweep("dictionary", table.pop("dictionary", {}))
+    table["sites"] = _sweep("activations", table.pop("activations", {}))
     return Study.model_validate(table)
 
 
@@ -83,13 +86,13 @@ def _resolve_paths(table: dict[str, Any], folder: Path) -> dict[str, Any]:
     return table
 
 
-def _sweep(dictionary: Any) -> list[dict[str, Any]]:
-    """One table for each combination of the lists in `[dictionary]`."""
-    if not isinstance(dictionary, dict):
-        raise ValueError("dictionary: must be a table, [dictionary]")
-    axes = [[(key, v) for v in (value if isinstance(value, list) else [value])] for key, value in dictionary.items()]
-    if empty := next((key for key, value in dictionary.items() if value == []), None):
-        raise ValueError(f"dictionary.{empty}: the list is empty: give at least one value")
+def _sweep(name: str, table: Any) -> list[dict[str, Any]]:
+    """One table for each combination of the lists in the one of that name."""
+    if not isinstance(table, dict):
+        raise ValueError(f"{name}: must be a table, [{name}]")
+    axes = [[(key, v) for v in (value if isinstance(value, list) else [value])] for key, value in table.items()]
+    if empty := next((key for key, value in table.items() if value == []), None):
+        raise ValueError(f"{name}.{empty}: the list is empty: give at least one value")
     return [dict(combination) for combination in itertools.product(*axes)]
 
 
@@ -97,7 +100,8 @@ def explain(error: ValidationError) -> str:
     """The first problem of a validation, as one line with the key, the value and the cure."""
     problem = error.errors()[0]
     key = ".".join(str(part) for part in problem["loc"] if not isinstance(part, int))
-    key = key.replace("dictionaries", "dictionary")
+    first, _, rest = key.partition(".")
+    key = ".".join(filter(None, [_TABLES.get(first, first), rest]))
     if problem["type"] == "extra_forbidden":
         known = ", ".join(sorted(_known_keys(problem["loc"])))
         return f"{key}: unknown key; known here: {known}"
@@ -114,4 +118,4 @@ def _known_keys(location: tuple[int | str, ...]) -> set[str]:
         annotation = model.model_fields[part].annotation
         model = getattr(annotation, "__args__", (annotation,))[0] or annotation
     known = set(model.model_fields)
-    return {"dictionary" if key == "dictionaries" else key for key in known - {"name"}} if model is Study else known
+    return {_TABLES.get(key, key) for key in known - {"name"}} if model is Study else known

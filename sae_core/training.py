@@ -17,11 +17,13 @@ from torch import Tensor
 
 from sae_core import interop
 from sae_core.activations import Activations
+from sae_core.activations.pair import open_sites
 from sae_core.artifacts import SCRATCH, require_space, write_atomically
 from sae_core.corpus import Corpus
 from sae_core.dictionary import Dictionary
 from sae_core.dictionary.batch_top_k import BatchTopK
 from sae_core.dictionary.trainer import Training, TrainingError, together
+from sae_core.dictionary.transcoder import sides
 from sae_core.language_model import LanguageModel
 from sae_core.lineage import follow
 from sae_core.metrics import Quality, Spliced, measure, splice
@@ -41,18 +43,20 @@ SPACE = 14
 
 
 @torch.no_grad()
-def calibrate(dictionary: Dictionary, batches: Iterator[Float[Tensor, "batch d_model"]], k: int | float) -> Dictionary:
+def calibrate(
+    dictionary: Dictionary, batches: Iterator[Float[Tensor, "batch *site d_model"]], k: int | float
+) -> Dictionary:
     """The dictionary with the one threshold at which L0 is k, exactly, on the given activations.
 
     Args:
         dictionary: with a threshold that is about right.
-        batches: raw activations.
+        batches: raw activations, or pairs.
         k: features wanted on a token, on average.
     """
     start = dictionary.threshold * 0.8
     kept, n = [], 0
     for x in batches:
-        z = dictionary.candidates(x.to(dictionary.device), start)[1]
+        z = dictionary.candidates(sides(x)[0].to(dictionary.device), start)[1]
         kept.append(z[z > 0])
         n += len(x)
     values = torch.cat(kept).sort(descending=True).values
@@ -64,7 +68,7 @@ def calibrate(dictionary: Dictionary, batches: Iterator[Float[Tensor, "batch d_m
     )  # fmt: skip
 
 
-def at_l0(dictionary: Dictionary, x: Float[Tensor, "tokens d_model"], l0: float) -> Dictionary:
+def at_l0(dictionary: Dictionary, x: Float[Tensor, "tokens *site d_model"], l0: float) -> Dictionary:
     """The dictionary with the threshold at which it has the given L0 on `x`; as it is where it has several."""
     if dictionary.rank_scale is not None or bool((dictionary.threshold != dictionary.threshold[0]).any()):
         return dictionary
@@ -83,6 +87,7 @@ def build_dictionary(
     others: Mapping[Path, DictionarySettings] = MappingProxyType({}),
     previous: Path | None = None,
     warm_start: bool = True,
+    written: Path | None = None,
 ) -> dict[str, Any]:
     """Train and calibrate a dictionary, or import one; save and judge it.
 
@@ -103,6 +108,7 @@ def build_dictionary(
         previous: folder of the dictionary that this one is to follow, if there is one; `lineage.parquet` then says
             what became of its features.
         warm_start: begin with its weights, where the architecture and the shapes allow it.
+        written: folder of the activations of the site that a transcoder writes.
 
     Returns:
         The numbers of `sae_core.metrics`, on held-out documents (`dead`: on all training activations); of what is
@@ -113,7 +119,8 @@ def build_dictionary(
         InteropError: what is to be imported cannot be read, or is not what the settings say.
         ArtifactError: the disk is full.
     """
-    source = Activations.open(activations, device=device)
+    source = open_sites(activations, written, device=device)
+    judged = open_sites(activations, written, "held_out", device)
     others = {} if settings.source else _read_alike(settings, others, source.d_model)
     d_saes = settings.d_sae + sum(other.d_sae for other in others.values())
     require_space(folder, 4 * SPACE * d_saes * source.d_model)
@@ -127,8 +134,8 @@ def build_dictionary(
         dictionary = follow(Dictionary.load(previous, device), dictionary, _all_kept(source), previous, folder)
     dictionary.save(folder)
     trained = measure(dictionary, _all_kept(source))
-    held_out = measure(dictionary, _all_kept(Activations.open(activations, "held_out", device)))
-    spliced = _splice(dictionary, settings, site, model, corpus, activations, device)
+    held_out = measure(dictionary, _all_kept(judged))
+    spliced = _splice(dictionary, settings, site, model, corpus, judged, device)
     shape = {"threshold": float(dictionary.threshold.median()), "expansion": dictionary.d_sae / dictionary.d_model}
     return _summary(trained, held_out, spliced) | shape | effort
 
@@ -139,11 +146,16 @@ def _read_alike(
     """Those of the others that take the same batches, as many as memory holds beside this one."""
     found, left = {}, TOGETHER_BYTES - IN_TRAINING * settings.d_sae * d_model
     for folder, other in others.items():
-        alike = (other.batch_tokens, other.seed) == (settings.batch_tokens, settings.seed) and not other.source
+        alike = _read_as(other) == _read_as(settings) and not other.source
         if alike and (size := IN_TRAINING * other.d_sae * d_model) <= left:
             found[folder] = other
             left -= size
     return found
+
+
+def _read_as(settings: DictionarySettings) -> tuple[Any, ...]:
+    """What decides which batches are read."""
+    return settings.batch_tokens, settings.seed, settings.writes, settings.writes_layer
 
 
 def _imported(settings: DictionarySettings, d_model: int) -> Dictionary:
@@ -250,7 +262,7 @@ def _splice(
     site: ActivationSettings,
     model: ModelSettings,
     corpus: Path,
-    activations: Path,
+    judged: Activations,
     device: str,
 ) -> Spliced:
     """The dictionary inside the language model, on the first held-out blocks."""
@@ -258,10 +270,10 @@ def _splice(
     n = -(-settings.evaluation_tokens // blocks.token_ids.shape[1])
     token_ids, documents = torch.as_tensor(blocks.token_ids[:n]), torch.as_tensor(blocks.documents[:n])
     is_sink = torch.zeros(token_ids.shape, dtype=torch.bool)
-    for shard in Activations.open(activations, "held_out", device).shards():
-        here = shard.is_sink & (shard.block < len(is_sink))
-        is_sink[shard.block[here].long(), shard.offset[here].long()] = True
-    mean, _ = Activations.open(activations).statistics()
+    for place in map(judged.places, range(len(judged.paths))):
+        here = place["is_sink"] & (place["block"] < len(is_sink))
+        is_sink[place["block"][here].long(), place["offset"][here].long()] = True
+    mean = judged.statistics().mean.reshape(-1, dictionary.d_model)[-1]
     language_model = LanguageModel.load(model, device, site.precision)
     return splice(
         language_model, site.hook, site.layer, dictionary, mean.to(device),

@@ -78,8 +78,14 @@ class Plan(NamedTuple):
     model: ModelSettings
     corpus: Path
     folder: Path
-    elsewhere: str
+    elsewhere: str = ""
     """URL that takes the activations; empty when they stay in the shards."""
+    others: tuple["Plan", ...] = ()
+    """Of other sites, read in the same pass."""
+
+    def lacking(self, name: str) -> list["Plan"]:
+        """This one and the others, but for those that have the shard of that name."""
+        return [plan for plan in (self, *self.others) if not (plan.folder / name).exists()]
 
 
 class Worker:
@@ -94,25 +100,28 @@ class Worker:
         self.parts = [part for split in SPLITS for part in parts_of(plan.settings, split, plan.corpus)]
         self.overlaps = self.lm.device.type != "cpu"
         self._writer = ThreadPoolExecutor(1)
-        self._written: Future[None] | None = None
+        self._written: list[Future[None]] = []
 
     def make(self, number: int, advance: Callable[[int], None] = lambda n: None) -> int:
         """Make the shard of a part, unless it is there; returns its tokens. All need the first one's median norm."""
-        part, first = self.parts[number], self.plan.folder / self.parts[0].name
+        part, first = self.parts[number], self.parts[0].name
         if not (self.plan.folder / part.name).exists():
-            shard, norms = run_model(self.plan.settings, self.lm, part, advance)
+            plans = [plan for plan in self.plan.lacking(part.name) if not number or (plan.folder / first).exists()]
+            found = run_model([plan.settings for plan in plans], self.lm, part, advance)
             self.finish()  # no more than one waits to be written
-            median = Totals.read(first).median_norm if number else norms.median()[None]
-            self._written = self._writer.submit(_write, self.plan, part.name, shard, norms, median)
+            for plan, (shard, norms) in reversed(
+                list(zip(plans, found, strict=True))
+            ):  # its own at last: all are there
+                median = Totals.read(plan.folder / first).median_norm if number else norms.median()[None]
+                self._written.append(self._writer.submit(_write, plan, part.name, shard, norms, median))
             if not number or not self.overlaps:
                 self.finish()
         return part.n_tokens
 
     def finish(self) -> None:
         """Wait until everything is written. Raises what writing raised."""
-        if self._written:
-            written, self._written = self._written, None
-            written.result()
+        while self._written:
+            self._written.pop(0).result()
 
     def close(self) -> None:
         """Let what is being written come to its end."""
@@ -136,6 +145,7 @@ def harvest(
     report: Report = silent,
     elsewhere: str = "",
     pool: Pool | None = None,
+    others: Sequence[Plan] = (),
 ) -> dict[str, int | float]:
     """Run the model over the corpus and write the activations at the site; goes on after the shards that are there.
 
@@ -153,6 +163,9 @@ def harvest(
         report: told of tokens, and of the gigabytes that all shards will take.
         elsewhere: URL of a folder that is to take the activations, as fsspec knows them; the shards keep the rest.
         pool: makes the shards after the first, several at once; the bytes are the same.
+        others: other sites of the model over the corpus, in folders of their own, that differ in nothing but hook and
+            layer. Their shards are made in the same passes as these, as far as they are not there; their own harvest
+            finds them, and has but to sum up.
 
     Returns:
         Counts, shares and norms, over both splits: `specials` are the special tokens left out, `sinks` the others;
@@ -165,15 +178,16 @@ def harvest(
             holds, or the URL cannot be written to.
         ArtifactError: the disk has no room.
     """
-    elsewhere = _place(settings, folder, elsewhere)
-    worker = Worker(Plan(settings, model, corpus, folder, elsewhere), device)
+    beside = tuple(_begun(other) for other in others)
+    worker = Worker(_begun(Plan(settings, model, corpus, folder, elsewhere, beside)), device)
     plan, parts, done = worker.plan, worker.parts, 0
     estimate = _check(plan, worker.lm, parts)
     specials = sum(int(_specials(settings, worker.lm, part).sum()) for part in parts)
     told = functools.partial(_tell, report, sum(part.n_tokens for part in parts), estimate / 1e9)
-    if elsewhere:
-        with write_atomically(folder / ELSEWHERE) as path:
-            path.write_text(json.dumps({"url": elsewhere.rstrip("/")}), "utf-8")
+    for place in (plan, *plan.others):
+        if place.elsewhere:
+            with write_atomically(place.folder / ELSEWHERE) as path:
+                path.write_text(json.dumps({"url": place.elsewhere.rstrip("/")}), "utf-8")
     alone = [n for n, part in enumerate(parts) if not n or not pool or (folder / part.name).exists()]
     with closing(worker):
         for number in alone:
@@ -188,16 +202,17 @@ def harvest(
         said = {"settings": settings.model_dump(), "model": model.model_dump()}
         with write_atomically(folder / RERUN) as path:
             path.write_text(json.dumps(said | {"corpus": os.path.relpath(corpus, folder)}, indent=1), "utf-8")
-    away = {"bytes_elsewhere": Elsewhere(elsewhere).bytes()} if elsewhere else {}
+    away = {"bytes_elsewhere": Elsewhere(plan.elsewhere).bytes()} if plan.elsewhere else {}
     return _finish(folder, parts, specials) | away | {"estimated_bytes": estimate}
 
 
-def _place(settings: ActivationSettings, folder: Path, elsewhere: str) -> str:
-    """The URL that takes the activations; what was begun in one place goes on there."""
-    if (folder / ELSEWHERE).exists():
-        return Elsewhere.of(folder).url
-    begun = any((folder / shard_name(split, 0)).exists() for split in SPLITS)
-    return elsewhere if settings.stored and not begun else ""
+def _begun(plan: Plan) -> Plan:
+    """The plan with the URL that takes its activations; what was begun in one place goes on there."""
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    if (plan.folder / ELSEWHERE).exists():
+        return plan._replace(elsewhere=Elsewhere.of(plan.folder).url)
+    begun = any((plan.folder / shard_name(split, 0)).exists() for split in SPLITS)
+    return plan._replace(elsewhere=plan.elsewhere if plan.settings.stored and not begun else "")
 
 
 def _tell(report: Report, total: int, gigabytes: float, before: int, done: int) -> None:
@@ -224,33 +239,40 @@ def _check(plan: Plan, lm: LanguageModel, parts: list[Part]) -> int:
     if largest >= lm.vocab_size:
         raise ActivationError(f"the corpus has token {largest}, the model only {lm.vocab_size}: make the corpus again")
     row, head = row_bytes(plan.settings.dtype, lm.d_model) * plan.settings.stored, 8 * lm.d_model + 1024
-    missing = [part.n_tokens for part in parts if not (plan.folder / part.name).exists()]
-    here = PLACE_BYTES + row * (not plan.elsewhere)
-    waiting = row * max(missing, default=0) * bool(plan.elsewhere)  # the shard that is being sent away
-    require_space(plan.folder, sum(missing) * here + waiting + len(missing) * head)
+    needed = 0
+    for place in (plan, *plan.others):
+        missing = [part.n_tokens for part in parts if not (place.folder / part.name).exists()]
+        here = PLACE_BYTES + row * (not place.elsewhere)
+        waiting = row * max(missing, default=0) * bool(place.elsewhere)  # the shard that is being sent away
+        needed += sum(missing) * here + waiting + len(missing) * head
+    require_space(plan.folder, needed)
     return sum(part.n_tokens for part in parts) * (row + PLACE_BYTES) + len(parts) * head
 
 
 def run_model(
-    settings: ActivationSettings, lm: LanguageModel, part: Part, advance: Callable[[int], None] = lambda n: None
-) -> tuple[Shard, Float32[Tensor, " tokens"]]:
+    sites: Sequence[ActivationSettings], lm: LanguageModel, part: Part, advance: Callable[[int], None] = lambda n: None
+) -> list[tuple[Shard, Float32[Tensor, " tokens"]]]:
     """The part's activations and their norms, in shuffled order; marked are the sinks that are so whatever their norm.
+
+    So at each of the sites, which differ in hook and layer alone, from one pass of the model.
 
     Raises ActivationError when an activation is not finite, or a single block does not fit into the GPU's memory.
     """
-    token_ids, documents = part.token_ids, part.documents
+    settings, token_ids, documents = sites[0], part.token_ids, part.documents
     real = documents >= 0
     place = permutation(part.n_tokens, settings.seed, part.split == "held_out", 1 + part.number)
-    acts = torch.empty(len(place), lm.d_model, dtype=getattr(torch, settings.precision))
-    norms, done = torch.empty(len(place)), 0
+    acts = [torch.empty(len(place), lm.d_model, dtype=getattr(torch, settings.precision)) for _ in sites]
+    norms, done = [torch.empty(len(place)) for _ in sites], 0
     segments = kept_apart(documents, settings.packing)
-    for rows, x in _in_batches(settings, lm, token_ids, segments):
-        x = x.cpu()[real[rows]]
-        to = place[done : done + len(x)]
-        acts[to], norms[to] = x, torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
-        if not norms[to].isfinite().all():
-            raise _not_finite(settings, part, rows)
-        done += len(x)
+    for rows, found in _in_batches(sites, lm, token_ids, segments):
+        kept = real[rows]
+        to = place[done : done + int(kept.sum())]
+        for site, x, into, lengths in zip(sites, found, acts, norms, strict=True):
+            into[to] = x = x.cpu()[kept]
+            lengths[to] = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
+            if not lengths[to].isfinite().all():
+                raise _not_finite(site, part, rows)
+        done += len(to)
         advance(done)
     block, offset = real.nonzero().unbind(1)
 
@@ -259,23 +281,23 @@ def run_model(
 
     attended = torch.zeros_like(documents) if segments is None else segments
     out = (_specials(settings, lm, part) | (places(attended) < settings.sink_positions))[real]
-    return Shard(
-        acts, shuffled(part.blocks[block]), shuffled(offset), shuffled(token_ids[real]), shuffled(out).bool()
-    ), norms
+    places_of = shuffled(part.blocks[block]), shuffled(offset), shuffled(token_ids[real]), shuffled(out).bool()
+    return [(Shard(x, *places_of), lengths) for x, lengths in zip(acts, norms, strict=True)]
 
 
 def _in_batches(
-    settings: ActivationSettings,
+    sites: Sequence[ActivationSettings],
     lm: LanguageModel,
     token_ids: Int[Tensor, "blocks length"],
     segments: Int[Tensor, "blocks length"] | None,
-) -> Iterator[tuple[slice, Float[Tensor, "batch length d_model"]]]:
+) -> Iterator[tuple[slice, list[Float[Tensor, "batch length d_model"]]]]:
     """Activations of a few blocks at a time: of half as many whenever the GPU's memory does not hold them."""
+    wanted = [(site.hook, site.layer) for site in sites]
     at, batch = 0, min(len(token_ids), max(1, BATCH_TOKENS[lm.device.type] // token_ids.shape[1]))
     while at < len(token_ids):
         rows = slice(at, at + batch)
         try:
-            x = lm.capture(settings.hook, settings.layer, token_ids[rows], None if segments is None else segments[rows])
+            found = lm.capture_many(wanted, token_ids[rows], None if segments is None else segments[rows])
         except torch.cuda.OutOfMemoryError:
             if batch == 1:
                 raise ActivationError(
@@ -284,7 +306,7 @@ def _in_batches(
                 ) from None
             batch //= 2
             continue
-        yield rows, x
+        yield rows, found
         at += batch
 
 

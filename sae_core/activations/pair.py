@@ -1,11 +1,13 @@
 """Two sites read together: the activations of the same tokens, side by side."""
 
+from pathlib import Path
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sae_core.activations.encoding import EVERY, ActivationError, Rows
-from sae_core.activations.shards import Activations, Statistics
+from sae_core.activations.shards import Activations, Split, Statistics
 
 
 class Pair(Activations):
@@ -42,3 +44,12 @@ class Pair(Activations):
                 f"{sites} hold other tokens: read both sites over one corpus, with the same seed and shard_tokens"
             )
         return read | {"is_sink": read["is_sink"] | written["is_sink"]}
+
+
+def open_sites(read: Path, written: Path | None = None, split: Split = "train", device: str = "cpu") -> Activations:
+    """The activations in a folder, or with those of what is written, in another, the pairs of both.
+
+    Raises ActivationError as `Activations.open` and `Pair`.
+    """
+    first = Activations.open(read, split, device)
+    return first if written is None else Pair(first, Activations.open(written, split, device))

@@ -28,7 +28,7 @@ class Rerun:
 
         Raises what loading the model and running it raise.
         """
-        return run_model(self._settings, self._lm, self._parts[number])[0].acts[rows]
+        return run_model([self._settings], self._lm, self._parts[number])[0][0].acts[rows]
 
     @cached_property
     def _lm(self) -> LanguageModel:

@@ -170,7 +170,7 @@ class Activations:
         """File and row of the first activation that is not finite; empty when all are."""
         for path, shard in zip(self.paths, self.shards(), strict=True):
             for chunk, acts in enumerate(shard.acts.split(_CHUNK)):
-                if len(rows := (~acts.isfinite()).any(dim=1).nonzero()):
+                if len(rows := (~acts.isfinite()).flatten(1).any(dim=1).nonzero()):
                     return f"{path.name}, row {chunk * _CHUNK + int(rows[0])}"
         return ""
 

@@ -26,6 +26,7 @@ from sae_core.dictionary.sparse import (
     propose,
 )
 from sae_core.errors import MindAtlasError
+from sae_core.names import Hook
 from sae_core.study import Architecture
 
 WEIGHTS = "dictionary.safetensors"
@@ -60,7 +61,8 @@ class Dictionary:
         b_dec: [d_model].
         threshold: [d_sae], in the units of the activations, never negative.
         rank_scale: [d_sae], positive; or None.
-        config: `architecture`, `d_model`, `d_sae`, and what the architecture was trained with (`k`).
+        config: `architecture`, `d_model`, `d_sae`, and what the architecture was trained with (`k`); a transcoder's
+            says which site it writes, whose activations then are x_hat.
     """
 
     def __init__(
@@ -92,6 +94,12 @@ class Dictionary:
     def d_sae(self) -> int:
         """Number of features."""
         return self.W_dec.shape[0]
+
+    @property
+    def writes(self) -> tuple[Hook, int] | None:
+        """Kind and layer of the site that x_hat belongs to, where that is another than x's (a transcoder's)."""
+        layer = self.config.get("writes_layer")
+        return None if layer is None else (self.config["writes"], layer)
 
     @property
     def device(self) -> torch.device:
@@ -224,6 +232,9 @@ def _verify(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) ->
         raise refuse(f"{CONFIG} lacks {', '.join(sorted(missing))}")
     if config["architecture"] not in get_args(Architecture):
         raise refuse(f"architecture {config['architecture']!r} is none of {', '.join(get_args(Architecture))}")
+    hook, layer = config.get("writes"), config.get("writes_layer", 0)
+    if hook not in (None, *get_args(Hook)) or not isinstance(layer, int) or layer < 0:
+        raise refuse(f"it writes {hook!r} of layer {layer!r}, which is no site")
     d_model, d_sae = config["d_model"], config["d_sae"]
     shapes = {
         "W_enc": (d_model, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_model), "b_dec": (d_model,),

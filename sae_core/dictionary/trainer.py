@@ -190,7 +190,7 @@ class Training:
             W_dec=weights.W_dec.clone(),
             b_dec=weights.b_dec / self.scaling.scale,
             threshold=torch.zeros_like(weights.b_enc) + self._thresholds(),
-            config=self.settings.model_dump(include={"architecture", "k", "l1_coefficient"}),
+            config=self.settings.model_dump(include={"architecture", "k", "l1_coefficient", "writes", "writes_layer"}),
         )
 
     def _thresholds(self) -> float | Float32[Tensor, " d_sae"]:

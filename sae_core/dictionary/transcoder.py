@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from jaxtyping import Bool, Float32
+from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
 from sae_core.dictionary.architecture import Step
@@ -30,7 +30,14 @@ class Transcoder(BatchTopK):
         self, learner: Learner, x: Float32[Tensor, "batch 2 d_model"], dead: Bool[Tensor, " d_sae"], progress: float
     ) -> Step:
         """As `Architecture.step`, of pairs: what is read, and what is to be written."""
-        read, written = (site.contiguous() for site in x.unbind(1))
+        read, written = sides(x)
         taken, of_output = self.fit(learner, read, written - learner.weights.b_dec, dead)
         learner.gradients.b_dec.copy_(of_output)
         return taken
+
+
+def sides(
+    x: Float[Tensor, "batch *site d_model"],
+) -> tuple[Float[Tensor, "batch d_model"], Float[Tensor, "batch d_model"]]:
+    """What a dictionary reads and what it is to give: of one site the same, of a pair the one and the other."""
+    return (x, x) if x.dim() == 2 else (x[:, 0].contiguous(), x[:, 1].contiguous())

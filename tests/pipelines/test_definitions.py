@@ -165,7 +165,7 @@ def test_a_study_that_cannot_be_made_is_refused_before_its_shared_corpus_is_made
     deep = good.activations.model_copy(update={"layer": 9})
     greedy = [d.model_copy(update={"batch_tokens": 6_000, "variant": "greedy"}) for d in good.dictionaries]
     bad = [
-        good.model_copy(update={"name": "deep", "activations": deep}),
+        good.at(deep).model_copy(update={"name": "deep"}),
         good.model_copy(update={"name": "greedy", "dictionaries": greedy}),
     ]
     monkeypatch.setattr("assets.resources.STUDIES", Studies([*bad, good]))
