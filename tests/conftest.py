@@ -73,6 +73,14 @@ PAIR = TINY_STUDY.replace("k = 4", "k = [3, 5]")
 """Two dictionaries at the tiny study's site."""
 (HOME / "studies" / "pair.toml").write_text(PAIR, "utf-8")
 
+CODERS = (
+    TINY_STUDY.replace("layer = 2", 'hook = "mlp_in"\nlayer = [0, 2]')
+    .replace("[dictionary]", '[dictionary]\narchitecture = "transcoder"')
+    .replace("[checks]", "[steering]\nsuggested = 0\nscored = 8\n[checks]")
+)
+"""Transcoders of the MLPs of two layers."""
+(HOME / "studies" / "coders.toml").write_text(CODERS, "utf-8")
+
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Path:

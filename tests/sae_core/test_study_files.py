@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from sae_core.stages import recipes
 from sae_core.study import Study
 from sae_core.study_files import StudyError, load_study
 
@@ -37,6 +38,24 @@ def test_lists_in_the_dictionary_table_make_a_sweep(tmp_path: Path):
     sweep = study(tmp_path, MINIMAL + "[dictionary]\nd_sae = [1024, 4096]\nk = [16, 32, 64]\nseed = 1")
     assert [(d.d_sae, d.k) for d in sweep.dictionaries] == [(w, k) for w in (1024, 4096) for k in (16, 32, 64)]
     assert {d.seed for d in sweep.dictionaries} == {1}
+
+
+def test_lists_in_the_activations_table_make_every_dictionary_at_every_site(tmp_path: Path):
+    many = study(tmp_path, MINIMAL.replace("layer = 15", "layer = [8, 15]") + "[dictionary]\nk = [16, 32]")
+    assert [one.spec(d).slug.split(".", 1)[1] for one, d in many.trainings] == [
+        f"resid_post.L{layer}.mine.batch_top_k.w4096.k{k}" for layer in ("08", "15") for k in (16, 32)
+    ]
+
+
+def test_a_transcoder_is_named_by_what_it_reads_and_what_it_writes(tmp_path: Path):
+    text = MINIMAL.replace("layer = 15", 'layer = [8, 15]\nhook = "mlp_in"') + "[dictionary]\narchitecture = "
+    (first, second) = study(tmp_path, text + "'transcoder'").trainings
+    for (one, d), layer in ((first, "08"), (second, "15")):
+        assert one.spec(d).slug == f"{one.site.slug}.transcoder.mlp_out.L{layer}.w4096.k32"
+    deeper = study(tmp_path, text + "'transcoder'\nwrites = 'resid_post'\nwrites_layer = 17")
+    assert [(s.hook, s.layer) for s in deeper.all_sites] == [("mlp_in", 8), ("mlp_in", 15), ("resid_post", 17)]
+    slugs = [recipe.slug for recipe in recipes(deeper) if recipe.stage == "dictionary"]
+    assert slugs == [one.spec(d).slug for one, d in deeper.trainings]
 
 
 def test_relative_paths_are_seen_from_the_study_file(tmp_path: Path):
@@ -78,6 +97,12 @@ def test_hub_ids_and_hub_models_are_left_as_they_are(tmp_path: Path):
             "batch_tokens = 500000 is more than corpus.tokens = 4",
         ),
         ("[dictionary]\nk = ", "is not a TOML file"),
+        ("seed = [0, 1]", "two sites are called .*only activations.hook and layer may be lists"),
+        ("hook = 'nowhere'", "activations.hook = 'nowhere': .*resid_post"),
+        ("[dictionary]\narchitecture = 'transcoder'", "writes = mlp_out of layer 15 does not come after .* resid_post"),
+        ("hook = 'mlp_in'\n[dictionary]\narchitecture = 'transcoder'\nwrites_layer = 3", "mlp_out of layer 3 does not"),
+        ("[dictionary]\nwrites = 'mlp_out'", "writes = mlp_out is no setting of batch_top_k"),
+        ("[dictionary]\nwrites_layer = 0", "writes_layer = 0 is no setting of batch_top_k"),
     ],
 )
 def test_a_bad_setting_is_refused_with_file_key_and_cure(tmp_path: Path, change: str, message: str):

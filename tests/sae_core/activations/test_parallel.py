@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from sae_core.activations import ActivationError, harvest, parallel
+from sae_core.activations.harvest import Plan, Pool
 from sae_core.activations.parallel import devices, on_ray, processes
+from sae_core.language_model import LanguageModel
 from sae_core.study import ActivationSettings, ModelSettings
 
 Contents = Callable[[Path], dict[str, bytes]]
@@ -35,6 +37,26 @@ def test_a_process_that_is_killed_ends_the_harvest_with_what_to_do(
     with pytest.raises(ActivationError, match="give fewer workers"):
         harvest(site, model, corpus, tmp_path, pool=processes(["cpu"]))
     assert [path.name for path in tmp_path.glob("*-*.safetensors")] == ["train-00000.safetensors"]
+
+
+@pytest.mark.parametrize("pool", [None, processes(["cpu"])], ids=["here", "process"])
+def test_sites_that_are_read_in_one_pass_have_the_bytes_of_each_read_alone(
+    pool: Pool | None, site: ActivationSettings, model: ModelSettings, corpus: Path, made: Path, contents: Contents,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    """One shallower and one deeper; what was begun of one goes on; afterwards there is nothing left to run."""
+    others = [Plan(site.at(*where), model, corpus, tmp_path / where[0]) for where in (("mlp_in", 0), ("mlp_out", 2))]
+    (tmp_path / "mlp_in").mkdir()
+    harvest(site, model, corpus, tmp_path / "main", pool=pool, others=others)
+    assert contents(tmp_path / "main") == contents(made)
+    for other in others:
+        with monkeypatch.context() as patch:
+            patch.setattr(LanguageModel, "capture_many", None)
+            harvest(other.settings, model, corpus, other.folder)
+        alone = tmp_path / "alone" / other.settings.hook
+        alone.mkdir(parents=True)
+        harvest(other.settings, model, corpus, alone)
+        assert contents(other.folder) == contents(alone)
 
 
 def test_workers_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch):
