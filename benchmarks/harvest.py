@@ -6,8 +6,12 @@
 (a) bare     the decoder's own forward, cut after the layer, on the same blocks, batches, masks and precision
 (b) harvest  `sae_core.activations.harvest`, from blocks on disk to finished shards (the model is loaded before)
 (c) full     the whole model with `output_hidden_states=True`, as one would do without this library
+(d) saelens  `ActivationsStore.get_raw_llm_batch` on a HookedTransformer of the same shape, random weights, which stops
+             after the layer; without the mixing buffer, and in blocks that attention runs through
+(e) sparsify what its trainer does for a batch: the whole decoder with a hook that flattens and copies the output
 
-Other work on the machine moves all three; the ratios of neighbors in time, of which the median is shown, hold.
+Peers that are not installed are named and left out (`make peers` installs them). They keep nothing on disk.
+Other work on the machine moves all of them; the ratios of neighbors in time, of which the median is shown, hold.
 """
 
 import argparse
@@ -67,6 +71,11 @@ def measure(lm: LanguageModel, options: argparse.Namespace) -> None:
             "harvest": lambda: run_harvest(lm, options, Path(name)),
             "full": lambda: full(lm, token_ids, documents),
         }
+        for name, peer in PEERS.items():
+            try:
+                turns[name] = peer(lm, options, token_ids)
+            except (ImportError, PeerError) as error:
+                print(f"{name:8} not measured: {error}")
         for run in turns.values():
             run()  # warm up
         times = [{turn: timed(run) for turn, run in turns.items()} for _ in range(options.repeats)]
@@ -75,7 +84,8 @@ def measure(lm: LanguageModel, options: argparse.Namespace) -> None:
         rates = [n / t[turn] for t in times]
         ratio = statistics.median(t["bare"] / t[turn] for t in times)
         print(f"{turn:8} {statistics.median(rates):9.0f} tokens/s  (best {max(rates):.0f})   {ratio:6.1%} of bare")
-    print(f"harvest / full: {statistics.median(t['full'] / t['harvest'] for t in times):.2f}x")
+    for turn in turns.keys() - {"bare", "harvest"}:
+        print(f"harvest / {turn}: {statistics.median(t[turn] / t['harvest'] for t in times):.2f}x")
 
 
 def write_corpus(folder: Path, n_tokens: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,6 +130,68 @@ def run_harvest(lm: LanguageModel, options: argparse.Namespace, corpus: Path) ->
     site = ActivationSettings(layer=options.layer, precision=options.precision)
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(LanguageModel, "load", return_value=lm):
         harvest(site, ModelSettings(source="at-hand"), corpus, Path(folder), options.device)
+
+
+class PeerError(Exception):
+    """A peer that cannot be measured on this model."""
+
+
+def saelens(lm: LanguageModel, options: argparse.Namespace, token_ids: torch.Tensor) -> Callable[[], None]:
+    """SAELens's store, with the kind of model that it loads where one names no other."""
+    from datasets import Dataset
+    from sae_lens.training.activations_store import ActivationsStore
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    if not isinstance(lm.model, LlamaForCausalLM):
+        raise PeerError("its model is built here in the shape of a Llama only")
+    c = lm.model.config
+    shape = HookedTransformerConfig(
+        n_layers=c.num_hidden_layers, d_model=c.hidden_size, n_ctx=BLOCK, d_head=c.hidden_size // c.num_attention_heads,
+        n_heads=c.num_attention_heads, n_key_value_heads=c.num_key_value_heads, d_mlp=c.intermediate_size,
+        d_vocab=c.vocab_size, act_fn="silu", gated_mlp=True, normalization_type="RMS", final_rms=True,
+        positional_embedding_type="rotary", rotary_dim=c.hidden_size // c.num_attention_heads,
+        dtype=getattr(torch, options.precision), device=options.device, default_prepend_bos=False, init_weights=True,
+    )  # fmt: skip
+    rows = BATCH_TOKENS[lm.device.type] // BLOCK
+    store = ActivationsStore(
+        HookedTransformer(shape), Dataset.from_dict({"input_ids": token_ids.tolist()}), streaming=False,
+        hook_name=f"blocks.{options.layer}.hook_resid_post", hook_head_index=None, context_size=BLOCK,
+        d_in=c.hidden_size, n_batches_in_buffer=2, total_training_tokens=1, store_batch_size_prompts=rows,
+        train_batch_size_tokens=2048, prepend_bos=False, normalize_activations="none", device=lm.device,
+        dtype=options.precision, sequence_separator_token=None,
+    )  # fmt: skip
+
+    @torch.no_grad()
+    def run() -> None:
+        for _ in range(-(-len(token_ids) // rows)):
+            store.get_raw_llm_batch()
+        synchronize(lm)
+
+    return run
+
+
+def sparsify(lm: LanguageModel, options: argparse.Namespace, token_ids: torch.Tensor) -> Callable[[], None]:
+    """The forward pass of sparsify's trainer, hook by hook as it is there; its own code begins to train in the hook."""
+    import sparsify  # noqa: F401  (measured where it could be used)
+
+    decoder, found = lm.model.model, []
+
+    def hook(module: torch.nn.Module, inputs: object, output: object) -> None:
+        acts = (output[0] if isinstance(output, tuple) else output).flatten(0, 1)
+        found[:] = [acts.detach().clone()[torch.ones(len(acts), dtype=torch.bool)]]
+
+    @torch.no_grad()
+    def run() -> None:
+        handle = decoder.layers[options.layer].register_forward_hook(hook)
+        for ids in token_ids.split(BATCH_TOKENS[lm.device.type] // BLOCK):
+            decoder(ids.to(lm.device))
+        handle.remove()
+        synchronize(lm)
+
+    return run
+
+
+PEERS = {"saelens": saelens, "sparsify": sparsify}
 
 
 def synchronize(lm: LanguageModel) -> None:

@@ -2,12 +2,14 @@
 
     python benchmarks/store.py                       131,072 rows of 576, synthetic
     python benchmarks/store.py --tokens 1000000 --folder /mnt/disk
+    python benchmarks/store.py --activations ATLAS/activations/SITE/FINGERPRINT     (f) alone
 
 (a) copy     the bytes of the bfloat16 shards copied by `shutil.copyfile` and synced, and read back plainly
 (b) write    the harvest with a stand-in for the model, which hands out rows that lie ready
 (c) read     one epoch of shuffled batches, for each type a store keeps; and nanoseconds a row
 (d) shuffle  neighbors in training order against a full shuffle of the same rows, at the least memory for mixing
 (e) memory   peak of the process's own memory above the start, writing and reading, for corpora of two sizes
+(f) quality  FVU of the same dictionary trained from rows of a finished harvest as they are and kept as int8
 
 Reads are cold where the system lets a file be dropped from memory (`posix_fadvise`).
 """
@@ -30,8 +32,12 @@ import torch
 from safetensors.numpy import save_file
 
 from sae_core.activations import Activations, harvest, shards
+from sae_core.activations.encoding import decode, encode
+from sae_core.dictionary.trainer import Training
 from sae_core.language_model import LanguageModel
-from sae_core.study import ActivationSettings, ModelSettings
+from sae_core.metrics import measure as measure_quality
+from sae_core.study import ActivationSettings, DictionarySettings, ModelSettings
+from sae_core.training import calibrate
 
 BLOCK, D_MODEL = 256, 576
 harvest_module = sys.modules["sae_core.activations.harvest"]  # the package shows the function of that name
@@ -212,6 +218,39 @@ def write_peak(corpus: Path, folder: Path, shard_tokens: int) -> int:
     return most[0]
 
 
+class Rows:
+    """Activations in memory, as the trainer reads them."""
+
+    def __init__(self, acts: torch.Tensor) -> None:
+        self.acts, self.n_kept, self.d_model = acts, *acts.shape
+
+    def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and mean squared norm."""
+        return self.acts.float().mean(0), self.acts.float().square().sum(1).mean()[None]
+
+    def batches(self, batch_tokens: int, n_steps: int, seed: int, start_step: int = 0) -> Iterator[torch.Tensor]:
+        """The same rows in every step, whatever they are kept as."""
+        for step in range(start_step, n_steps):
+            rows = torch.randint(self.n_kept, (batch_tokens,), generator=torch.Generator().manual_seed(seed + step))
+            yield self.acts[rows]
+
+
+def quality(folder: Path, rows: int, d_sae: int, steps: int, k: int = 32) -> dict[str, float]:
+    """FVU on held-out activations as they were harvested, of the dictionary trained from each kind of rows."""
+    acts = next(Activations.open(folder).batches(rows, 1, seed=0))
+    kept = decode(encode(acts, torch.zeros(len(acts), dtype=torch.bool), "int8"))
+    held_out = next(Activations.open(folder, "held_out").batches(8192, 1, seed=0))
+    settings = DictionarySettings(d_sae=d_sae, k=k, tokens=steps * 2048, batch_tokens=2048)
+    found = {}
+    for name, source in (("as harvested", Rows(acts)), ("int8", Rows(kept))):
+        training = Training(settings, source)
+        for _ in training.run(source):
+            pass
+        dictionary = calibrate(training.dictionary(), iter(source.acts.split(2048)), k)
+        found[name] = measure_quality(dictionary, held_out.split(2048)).fvu
+    return found
+
+
 def own_memory() -> int:
     """Memory of this process that no file stands for, in bytes (Linux)."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
@@ -225,7 +264,16 @@ def main() -> None:
     parser.add_argument("--shard-tokens", type=int, default=16_384)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to write; default: the system's temporary folder")
+    parser.add_argument("--activations", type=Path, help="folder of a finished harvest: only train from it")
+    parser.add_argument("--rows", type=int, default=40_960, help="of it")
+    parser.add_argument("--d-sae", type=int, default=2048)
+    parser.add_argument("--steps", type=int, default=100)
     options = parser.parse_args()
+    if options.activations:
+        found = quality(options.activations, options.rows, options.d_sae, options.steps)
+        for name, fvu in found.items():
+            print(f"{name:13} FVU {fvu:.5f}   {fvu / found['as harvested'] - 1:+.2%}")
+        return
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         measure(Path(name), options)
 
