@@ -71,11 +71,11 @@ def measure(lm: LanguageModel, options: argparse.Namespace) -> None:
             "harvest": lambda: run_harvest(lm, options, Path(name)),
             "full": lambda: full(lm, token_ids, documents),
         }
-        for name, peer in PEERS.items():
+        for peer, begin in PEERS.items():
             try:
-                turns[name] = peer(lm, options, token_ids)
+                turns[peer] = begin(lm, options, token_ids)
             except (ImportError, PeerError) as error:
-                print(f"{name:8} not measured: {error}")
+                print(f"{peer:8} not measured: {error}")
         for run in turns.values():
             run()  # warm up
         times = [{turn: timed(run) for turn, run in turns.items()} for _ in range(options.repeats)]
