@@ -77,6 +77,8 @@ CODERS = (
     TINY_STUDY.replace("layer = 2", 'hook = "mlp_in"\nlayer = [0, 2]')
     .replace("[dictionary]", '[dictionary]\narchitecture = "transcoder"')
     .replace("[checks]", "[steering]\nsuggested = 0\nscored = 8\n[checks]")
+    .replace("fvu_max = 1.0", "fvu_max = 9.0")
+    .replace("ce_recovered_min = -10.0", "ce_recovered_min = -1e9")  # what a random MLP does is not worth much
 )
 """Transcoders of the MLPs of two layers."""
 (HOME / "studies" / "coders.toml").write_text(CODERS, "utf-8")
