@@ -9,7 +9,7 @@ from sae_core.features import Features
 from sae_core.labels.budget import BudgetReached
 from sae_core.labels.client import ChatClient, Completion, EndpointDown, EndpointError, RequestFailed
 from sae_core.labels.prices import NOTHING, Usage
-from sae_core.labels.prompts import Answer, BadAnswer, ask, ask_again, choose_examples, read_answer
+from sae_core.labels.prompts import Answer, BadAnswer, Message, ask, ask_again, choose_examples, read_answer
 from sae_core.progress import Report
 from sae_core.study import LabelSettings
 
@@ -68,6 +68,9 @@ class Labeler:
             EndpointError: the server answers nothing, or failed several requests in a row.
             ArtifactError: the disk is full.
         """
+        if self.client.budget.is_limited:
+            for feature in chosen:
+                self._settle(feature)
         outcomes: dict[int, Outcome] = {}
         todo, failed = deque(chosen), 0.0
 
@@ -91,9 +94,7 @@ class Labeler:
 
     async def label(self, feature: int) -> Outcome:
         """Ask about one feature; a failure is an outcome. Raises as `label_all`, and BudgetReached."""
-        examples = await asyncio.to_thread(self.features.examples, feature)  # others' answers need not wait for it
-        indices = choose_examples(examples, self.settings.examples, self.settings.seed)
-        messages = ask(self.features.feature(feature), [examples[i] for i in indices])
+        indices, messages = await asyncio.to_thread(self._question, feature)  # others' answers need not wait for it
         outcome = Outcome(feature, None, "", indices, dollars=self.client.budget.price(NOTHING))
         for turn in range(TURNS):
             try:
@@ -109,6 +110,24 @@ class Labeler:
                 break
             messages = ask_again(messages, completion.text, outcome.error)
         return outcome
+
+    def _question(self, feature: int) -> tuple[list[int], list[Message]]:
+        """The examples to show, and what is asked about them."""
+        examples = self.features.examples(feature)
+        indices = choose_examples(examples, self.settings.examples, self.settings.seed)
+        return indices, ask(self.features.feature(feature), [examples[i] for i in indices])
+
+    def _settle(self, feature: int) -> None:
+        """Count the answers about a feature that are kept already."""
+        _, messages = self._question(feature)
+        for _ in range(TURNS):
+            if (kept := self.client.settle(messages)) is None:
+                return
+            try:
+                read_answer(kept.text)
+                return
+            except BadAnswer as problem:
+                messages = ask_again(messages, kept.text, str(problem))
 
     def _count_failure(self, error: str) -> None:
         self._failures += 1
