@@ -27,7 +27,7 @@ from sae_core.labels.scoring.score import score_labels
 from sae_core.progress import silent
 from sae_core.study import LabelSettings, ModelSettings, Source
 
-pytestmark = pytest.mark.label_model
+pytestmark = [pytest.mark.label_model, pytest.mark.timeout(3600)]
 CACHE = os.environ.get("MIND_ATLAS_CACHE")  # before a fixture sets one that is empty
 
 
@@ -62,6 +62,7 @@ CONCEPTS = (
     Concept("ingredients", ("recipes-en",), r"\b(flour|sugar|butter|salt|pepper|milk|eggs?|garlic|onions?|oil)\b",
             "ingredient|cook|bak|food|recipe"),
 )  # fmt: skip
+JUDGED = ("digits", "French text", "months")
 SOURCES = sorted({source for concept in CONCEPTS for source in concept.sources})
 N_EXAMPLES, N_WINDOWS, LEVELS = 30, 40, 5
 AROUND = 80  # characters of a text on both sides of a place
@@ -188,7 +189,8 @@ def test_labels_of_planted_features_name_the_concept_and_shuffled_ones_do_not(lo
 
 @pytest.mark.parametrize("task", ["detection", "fuzzing"])
 def test_the_local_judge_tells_true_names_from_shuffled_ones(local, planted_text, task, tiny_model):
-    rows = [LabelRow(i, "", "written", c.meaning, examples=(0, 1)) for i, c in enumerate(CONCEPTS)][: 5]  # fmt: skip
+    told = [i for i, concept in enumerate(CONCEPTS) if concept.meaning in JUDGED]
+    rows = [LabelRow(i, "", "written", CONCEPTS[i].meaning, examples=(0, 1)) for i in told]
     settings, notes = LabelSettings(scorers=[task], judged=len(rows)), []
 
     async def work() -> dict[int, dict[str, Any]]:
@@ -202,7 +204,8 @@ def test_the_local_judge_tells_true_names_from_shuffled_ones(local, planted_text
                 await client.close()
 
     scores = [fields["scores"][0] for fields in asyncio.run(work()).values()]
-    for concept, score in zip(CONCEPTS, scores, strict=False):
-        print(task, concept.meaning, score.score, score.shuffled, score.failed, score.levels)
+    for meaning, score in zip(JUDGED, scores, strict=True):
+        print(task, meaning, score.score, score.shuffled, score.failed, score.levels)
+    assert len(notes) == 2 * 2 * len(told)  # two questions for twelve texts a side; no lexical name is given
     print(f"{sum(note['seconds'] for note in notes) / len(notes):.2f} s a question", len(notes))
     assert sum(score.failed for score in scores) / len(scores) <= 0.1
