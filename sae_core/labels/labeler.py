@@ -68,11 +68,9 @@ class Labeler:
             EndpointError: the server answers nothing, or failed several requests in a row.
             ArtifactError: the disk is full.
         """
-        if self.client.budget.is_limited:
-            for feature in chosen:
-                self._settle(feature)
+        kept = {feature for feature in chosen if self._settle(feature)} if self.client.budget.is_limited else set()
         outcomes: dict[int, Outcome] = {}
-        todo, failed = deque(chosen), 0.0
+        todo, failed = deque(sorted(chosen, key=lambda feature: feature not in kept)), 0.0
 
         async def work() -> None:
             nonlocal failed
@@ -117,17 +115,18 @@ class Labeler:
         indices = choose_examples(examples, self.settings.examples, self.settings.seed)
         return indices, ask(self.features.feature(feature), [examples[i] for i in indices])
 
-    def _settle(self, feature: int) -> None:
-        """Count the answers about a feature that are kept already."""
+    def _settle(self, feature: int) -> bool:
+        """Count the answers about a feature that are kept already; whether they are all that it wants."""
         _, messages = self._question(feature)
         for _ in range(TURNS):
             if (kept := self.client.settle(messages)) is None:
-                return
+                return False
             try:
                 read_answer(kept.text)
-                return
+                return True
             except BadAnswer as problem:
                 messages = ask_again(messages, kept.text, str(problem))
+        return True
 
     def _count_failure(self, error: str) -> None:
         self._failures += 1

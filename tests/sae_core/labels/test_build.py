@@ -265,6 +265,17 @@ def test_a_run_killed_and_gone_on_with_spends_no_more_than_its_budget(endpoint, 
     assert build(settings, features, tmp_path / "out")["n_labeled"] == 7
 
 
+def test_answers_that_are_kept_count_before_anything_is_bought_wherever_they_stand(
+    endpoint, settings, make_features, tmp_path
+):
+    endpoint.behavior = named_by_prompt
+    features, settings = make_features(12, dead=()), settings.model_copy(update={"features": 12})
+    build(settings, features, tmp_path / "last", only=[8, 9, 10, 11])
+    summary = build(settings.model_copy(update={"max_requests": 5}), features, tmp_path / "out")
+    assert len(endpoint.requests) == 5
+    assert (summary["n_labeled"], summary["spent"]) == (5, 1.0)
+
+
 def test_named_features_are_labeled_and_all_other_rows_stay(endpoint, settings, make_features, tmp_path):
     endpoint.behavior = named_by_prompt
     features = make_features(8, dead=(3,))
