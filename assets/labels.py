@@ -1,6 +1,6 @@
 """Labels: a short name for each feature, written by a language model or read off its tokens."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 from pydantic import Field
@@ -12,13 +12,20 @@ from assets.partitions import dictionaries
 from assets.plots import score_histograms
 from assets.resources import Workshop, launchpad
 from sae_core.artifacts import Draft, Made
+from sae_core.generations import Snapshot, served
 from sae_core.progress import Report
 from sae_core.stages import VERSIONS
 from sae_core.studies import Order
 from sae_core.study import LabelSettings
 
+if TYPE_CHECKING:
+    from sae_core.labels.carry import Previous
+
 PASSING = dg.RetryPolicy(max_retries=3, delay=30, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
 """For a server that stops answering midway: again after about 30, 90 and 210 seconds. What was answered is kept."""
+
+
+_ASKED_WITH = ("model", "base_url", "examples", "temperature", "seed")  # what decides which label is written
 
 
 class LabelsRun(launchpad(LabelSettings)):  # type: ignore[misc]
@@ -41,15 +48,33 @@ class LabelsRun(launchpad(LabelSettings)):  # type: ignore[misc]
 def labels(context: dg.AssetExecutionContext, config: LabelsRun, workshop: Workshop) -> dg.MaterializeResult:
     """Labels through any OpenAI-compatible endpoint, or a local llama.cpp server; a lexical label for every feature."""
     from sae_core.labels import build_labels
-    from sae_core.labels.scoring.score import Ground
+    from sae_core.labels.scoring.items import Ground
 
     def build(order: Order, draft: Draft, report: Report) -> dict[str, Any]:
         features, key = draft.parents["features"].folder, workshop.api_key or None
         finished = workshop.finished(draft) if config.only else None
         ground = Ground(order.study.model, draft.parents["neighbors"].folder)
-        return build_labels(order.study.labels, features, draft.folder, report, key, config.only, finished, ground)
+        previous = None if config.only else _previous(workshop, draft)
+        return build_labels(
+            order.study.labels, features, draft.folder, report, key, config.only, finished, ground, previous
+        )
 
     return workshop.make(context, "labels", config, build, _describe)
+
+
+def _previous(workshop: Workshop, draft: Draft) -> "Previous | None":
+    """The served generation, when this dictionary came right after it and labels were asked for in the same way."""
+    from sae_core.labels.carry import Previous
+    from sae_core.lineage import kept_since
+
+    slug, now = draft.recipe.slug, served(workshop.store, draft.recipe.slug)
+    if not isinstance(now, Snapshot):
+        return None
+    labels, asked = now.get("labels", slug), draft.recipe.settings
+    if any(labels.manifest.settings.get(key) != asked[key] for key in _ASKED_WITH):
+        return None
+    kept = kept_since(now.get("dictionary", slug).folder, workshop.store.get("dictionary", slug).folder)
+    return Previous(labels.folder, now.get("features", slug).folder, kept)
 
 
 def _describe(made: Made) -> dict[str, Any]:

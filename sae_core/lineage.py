@@ -121,7 +121,7 @@ def follow(
     lines = lineage(old, new, islice(activations, COMMON_BATCHES))
     places = _places(lines, old.d_sae, new.d_sae)
     before = pq.read_table(previous / LINEAGE) if (previous / LINEAGE).exists() else SCHEMA.empty_table()
-    number = max(before["generation"].to_pylist(), default=1) + 1
+    number = _generation(previous) + 1
     rows = [
         {
             "generation": number, "feature": None if line.new is None else places[line.new], "previous": line.old,
@@ -132,6 +132,27 @@ def follow(
     with write_atomically(folder / LINEAGE) as path:
         pq.write_table(pa.concat_tables([before, pa.Table.from_pylist(rows, SCHEMA)]), path)
     return new.reordered(torch.tensor(np.argsort(places), device=new.device))
+
+
+def kept_since(previous: Path, folder: Path) -> dict[int, int]:
+    """The features of a dictionary that are the same as in the one it followed: number now, number then.
+
+    There are none when the dictionary in `folder` did not come right after the one in `previous`.
+    """
+    if not (folder / LINEAGE).exists():
+        return {}
+    lines = pq.read_table(folder / LINEAGE).to_pylist()
+    newest = max(line["generation"] for line in lines)
+    if newest != _generation(previous) + 1:
+        return {}
+    kept = (line for line in lines if line["generation"] == newest and line["fate"] == "kept")
+    return {line["feature"]: line["previous"] for line in kept}
+
+
+def _generation(folder: Path) -> int:
+    """The generation of a dictionary: 1, unless it followed another."""
+    path = folder / LINEAGE
+    return max(pq.read_table(path)["generation"].to_pylist(), default=1) if path.exists() else 1
 
 
 def _places(lines: list[Kin], n_old: int, n_new: int) -> list[int]:

@@ -355,8 +355,7 @@ class LabelSettings(Settings):
     """Texts in which the feature fires, of which a label is scored on at most so many, and as many in which it does
     not. Paulo et al. 2024 take 100, which wants `features.level_examples` of 20 or more."""
     judged: int | None = Field(None, ge=0)
-    """Features scored by detection and fuzzing, the first ones; default: all at an endpoint, 2 with a local model,
-    which on two cores should take about a minute for each (by its reading speed; not measured yet)."""
+    """Features scored by detection and fuzzing, the first ones; default: all at an endpoint, none by a local model."""
     max_dollars: float | None = Field(None, ge=0)
     """Most that the labels may cost; a request that might go beyond it is not sent, and what is written is kept."""
     max_requests: int | None = Field(None, ge=0)
@@ -369,6 +368,11 @@ class LabelSettings(Settings):
     """Requests under way at once at `base_url`; a local server takes one at a time. It changes no label."""
     timeout: float = Field(120.0, gt=0)
     """Seconds after which a request to `base_url` is taken for lost, and sent again. It changes no label."""
+
+    def judged_of(self, labeled: int) -> int:
+        """How many of so many labeled features are scored by detection and fuzzing."""
+        most = self.judged if self.judged is not None else labeled if self.base_url else 0
+        return min(labeled, most) if {"detection", "fuzzing"} & set(self.scorers) else 0
 
     @model_validator(mode="after")
     def _both_prices(self) -> "LabelSettings":

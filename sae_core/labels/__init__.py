@@ -10,6 +10,7 @@
     labeler       one feature after another: asked, read, asked again once, recorded
     lexical       the tokens a feature fires on and those it promotes
     estimate      what labels would cost, before the first request
+    carry         labels that a retrained dictionary takes over from the one before
     build         the stage: labels.parquet and attempts.jsonl
     reader        `Labels`, the one reader of the table
 

@@ -45,6 +45,10 @@ class Budget:
         self._set_aside = 0.0
 
     @property
+    def is_limited(self) -> bool:
+        return self.max_dollars is not None or self.max_requests is not None
+
+    @property
     def share(self) -> float:
         """How much of the budget is spent, in dollars or in requests, whichever is nearer to its limit; 0 without."""
         limits = ((self.dollars, self.max_dollars), (self.requests, self.max_requests))

@@ -19,11 +19,12 @@ import pyarrow.parquet as pq
 from sae_core.artifacts import write_atomically
 from sae_core.features import FeatureRow, Features
 from sae_core.labels import prompts
+from sae_core.labels.carry import Previous, carry_over, held_before
 from sae_core.labels.endpoint import label_writer
 from sae_core.labels.labeler import Labeler, Outcome, Record
 from sae_core.labels.lexical import lexical_label
 from sae_core.labels.reader import ATTEMPTS, LABELS, SCHEMA, LabelError, LabelRow, Labels
-from sae_core.labels.scoring.score import Ground, Scored, score_labels
+from sae_core.labels.scoring.items import Ground, Scored
 from sae_core.progress import Report, silent
 from sae_core.study import LabelSettings
 
@@ -37,6 +38,7 @@ _SHOWN = 10  # labels in the summary
 def build_labels(
     settings: LabelSettings, features: Path, folder: Path, report: Report = silent, api_key: str | None = None,
     only: Sequence[int] = (), finished: Path | None = None, ground: Ground | None = None,
+    previous: Previous | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write `labels.parquet` (a row for every feature) and add to `attempts.jsonl`, in `folder`.
 
@@ -52,6 +54,8 @@ def build_labels(
         only: features to ask about, in place of those that the settings choose; with `finished`.
         finished: folder of finished labels, from which the rows of all other features are taken.
         ground: what labels are scored with; without it none is.
+        previous: the generation before, whose labels of kept features are taken over: scored again, and asked for
+            again only when one that beat its control does so no longer.
 
     Returns:
         Numbers of features by status, the share `labeled` of those to be asked about and `failed` of those that were,
@@ -72,6 +76,7 @@ def build_labels(
     start = time.monotonic()
     outcomes: list[Outcome] = []
     others = Labels.open(finished).rows() if finished else []
+    carried = carry_over(previous, source) if previous and chosen else []
     scored = Scored({}, "")
     summary: dict[str, Any] = {"stopped": "", "spent": 0.0}
     if chosen:
@@ -79,16 +84,19 @@ def build_labels(
         with _recorder(folder / ATTEMPTS) as record, label_writer(settings, key, report) as client:
             labeler = Labeler(client, source, settings, record)
             at_once = settings.concurrency if settings.base_url else 1
-            outcomes, scored = asyncio.run(_ask(labeler, chosen, at_once, report, ground, others))
-            summary = {"stopped": labeler.stopped or scored.stopped, "spent": client.budget.share}
+            for row in carried:
+                record({"feature": row.feature, "carried": row.label, "made_at": row.made_at})
+            held = held_before(previous, carried) if previous else set()
+            outcomes, scored = asyncio.run(_ask(labeler, chosen, at_once, report, ground, others, carried, held))
+            summary = {"stopped": scored.stopped, "spent": client.budget.share}
     summary["seconds_per_label"] = round((time.monotonic() - start) / len(outcomes), 3) if outcomes else 0.0
-    rows = _rows(source.table(), settings, {outcome.feature: outcome for outcome in outcomes})
+    rows = _rows(source.table(), settings, {outcome.feature: outcome for outcome in outcomes}, carried)
     rows = [replace(row, **scored.fields.get(row.feature, {})) for row in rows]
     if finished:
         rows = _merged(others, rows, {outcome.feature for outcome in outcomes})
     with write_atomically(folder / LABELS) as path:
         pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], SCHEMA), path)
-    return _summary(source, settings, rows) | summary
+    return _summary(source, settings, rows) | summary | {"n_carried": len(carried)}
 
 
 def choose_features(table: pa.Table, count: int) -> list[int]:
@@ -138,19 +146,49 @@ def _copy_attempts(finished: Path, folder: Path) -> None:
 
 async def _ask(
     labeler: Labeler, chosen: Sequence[int], at_once: int, report: Report, ground: Ground | None,
-    others: Sequence[LabelRow],
+    others: Sequence[LabelRow], carried: Sequence[LabelRow], held: set[int],
 ) -> tuple[list[Outcome], Scored]:  # fmt: skip
-    """What came of asking, and how good the labels are that did."""
-    source, settings = labeler.features, labeler.settings
+    """What came of asking about those that no label was carried over to, and how good all these labels are.
+
+    A carried one that `held` and does so no longer is asked for again.
+    """
+    has_name = {row.feature for row in carried}
+
+    async def ask(features: Sequence[int], rows: Sequence[LabelRow]) -> tuple[list[Outcome], Scored]:
+        outcomes = await labeler.label_all(features, at_once, report)
+        stopped = labeler.stopped
+        written = [*asked_all(outcomes, labeler.features, labeler.settings), *rows]
+        scored = await _score(labeler, written, [*others, *carried], at_once, report, ground)
+        return outcomes, scored._replace(stopped=stopped or scored.stopped)
+
     try:
-        outcomes = await labeler.label_all(chosen, at_once, report)
-        if ground is None:
-            return outcomes, Scored({}, "")
-        rows = [_asked(outcome, lexical_label(source.feature(outcome.feature)), settings) for outcome in outcomes]
-        judged_by, record = labeler.client, labeler.record
-        return outcomes, await score_labels(judged_by, rows, others, source, settings, ground, record, at_once, report)
+        outcomes, scored = await ask([feature for feature in chosen if feature not in has_name], carried)
+        lost = [i for i in sorted(held) if scored.fields.get(i, {}).get("beats_control") is False]
+        if lost and not scored.stopped:
+            again, more = await ask(lost, [])
+            written = [outcome for outcome in again if outcome.answer]
+            return [*outcomes, *written], Scored(scored.fields | more.fields, more.stopped)
+        return outcomes, scored
     finally:
         await labeler.client.close()
+
+
+async def _score(
+    labeler: Labeler, rows: Sequence[LabelRow], others: Sequence[LabelRow], at_once: int, report: Report,
+    ground: Ground | None,
+) -> Scored:  # fmt: skip
+    if ground is None or not labeler.settings.scorers:
+        return Scored({}, "")
+    from sae_core.labels.scoring.score import score_labels  # brings torch
+
+    client, source, settings, record = labeler.client, labeler.features, labeler.settings, labeler.record
+    return await score_labels(client, rows, others, source, settings, ground, record, at_once, report)
+
+
+def asked_all(outcomes: Sequence[Outcome], source: Features, settings: LabelSettings) -> list[LabelRow]:
+    """The rows of the features that were asked about."""
+    names = [lexical_label(source.feature(outcome.feature)) for outcome in outcomes]
+    return [_asked(outcome, name, settings) for outcome, name in zip(outcomes, names, strict=True)]
 
 
 @contextmanager
@@ -167,14 +205,18 @@ def _recorder(path: Path) -> Iterator[Record]:
         yield record
 
 
-def _rows(table: pa.Table, settings: LabelSettings, outcomes: Mapping[int, Outcome]) -> list[LabelRow]:
-    """A row for every feature, in order."""
-    rows = []
+def _rows(
+    table: pa.Table, settings: LabelSettings, outcomes: Mapping[int, Outcome], carried: Sequence[LabelRow]
+) -> list[LabelRow]:
+    """A row for every feature, in order: what was written now, else what was carried over, else the lexical label."""
+    rows, named = [], {row.feature: row for row in carried}
     for batch in table.to_batches(max_chunksize=4096):
         for feature in (FeatureRow(**row) for row in batch.to_pylist()):
             lexical = lexical_label(feature)
             if outcome := outcomes.get(feature.feature):
                 rows.append(_asked(outcome, lexical, settings))
+            elif feature.feature in named:
+                rows.append(named[feature.feature])
             else:
                 rows.append(LabelRow(feature.feature, lexical, "dead" if feature.is_dead else "lexical"))
     return rows

@@ -130,6 +130,7 @@ class ChatClient:
         self.budget = budget
         self._pace = Pace()
         self._refused: set[str] = set()
+        self._settled: set[Path] = set()
         self._under_way: WeakValueDictionary[Path, asyncio.Lock] = WeakValueDictionary()
 
     @cached_property
@@ -144,6 +145,18 @@ class ChatClient:
     def place(self, messages: Sequence[Message], **parameters: Any) -> Path:
         """Where the cache keeps the answer to `complete`, once there is one."""
         return self.cache.path([self.endpoint, self.model, list(messages), self.parameters | parameters])
+
+    def settle(self, messages: Sequence[Message], **parameters: Any) -> Completion | None:
+        """The kept answer to `complete`, if there is one, counted by the budget (once) though it takes nothing now.
+
+        Settle all that will be asked before the first request of a run whose budget is limited: else what is left for
+        new requests hangs on which answers are met first.
+        """
+        path = self.place(messages, **parameters)
+        if (found := self.cache.get(path)) and path not in self._settled:
+            self._settled.add(path)
+            self.budget.charge(found.usage, found.requests)
+        return found
 
     async def complete(self, messages: Sequence[Message], **parameters: Any) -> Completion:
         """The answer to `messages`, from the cache if it was ever given; asked twice at once, it is bought once.
@@ -160,11 +173,11 @@ class ChatClient:
         """
         path = self.place(messages, **parameters)
         async with self._under_way.setdefault(path, asyncio.Lock()):
-            if found := self.cache.get(path):
-                self.budget.charge(found.usage, found.requests)
+            if found := self.settle(messages, **parameters):
                 return found
             self.cache.prepare(path)
             completion = await self._buy(messages, self.parameters | parameters)
+            self._settled.add(path)
             await asyncio.to_thread(self.cache.put, path, completion)  # the disk must not hold up the others
             return completion
 

@@ -1,24 +1,25 @@
 """What labels would cost, before the first request is sent."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_core.features import Features
-from sae_core.labels.build import choose
+from sae_core.features import Example, Features
+from sae_core.labels.build import asked_all, choose
 from sae_core.labels.client import ChatClient, Completion
 from sae_core.labels.endpoint import label_writer
 from sae_core.labels.labeler import Labeler
 from sae_core.labels.prices import Usage
 from sae_core.labels.prompts import Message
 from sae_core.progress import silent
-from sae_core.study import LabelSettings
+from sae_core.study import LabelSettings, ModelSettings
 
 BYTES_PER_TOKEN = 3.3
 """Of a prompt, chat template included: 2,070 bytes a feature are 630 tokens to Qwen 2.5 on `quickstart`."""
-_ANSWER = '{"label": "days of the week", "description": "Names of weekdays.", "kind": "input", "confidence": 0.9}'
+_ANSWER = '{{"label": "names of the week {}", "description": "Weekdays.", "kind": "input", "confidence": 0.9}}'
 _ANSWER_TOKENS = 40  # what the label writers tried so far take on average
+_JUDGED_TOKENS = 25  # of an answer that lists half of a question's texts
 
 
 class Estimate(NamedTuple):
@@ -51,12 +52,39 @@ class Rehearsal(ChatClient):
             self.found.add(path)
             return kept
         size = sum(len(message["content"].encode()) for message in messages)
-        self.bought[path] = Usage(round(size / BYTES_PER_TOKEN), _ANSWER_TOKENS)
-        return Completion(_ANSWER, *self.bought[path])
+        self.bought[path] = Usage(round(size / BYTES_PER_TOKEN), _JUDGED_TOKENS if parameters else _ANSWER_TOKENS)
+        return Completion(_ANSWER.format(len(self.bought)), *self.bought[path])
+
+
+async def _rehearse(rehearsal: Rehearsal, source: Features, chosen: Sequence[int], settings: LabelSettings) -> None:
+    """Ask all that would be asked; texts are of the right number, and drawn at random in place of the nearest ones."""
+    outcomes = await Labeler(rehearsal, source, settings, _forget).label_all(chosen, 1, silent)
+    if not (n_judged := settings.judged_of(len(outcomes))):
+        return
+    from sae_core.labels.scoring.items import Ground
+    from sae_core.labels.scoring.judge import Judge
+    from sae_core.labels.scoring.score import Scorer, tasks_of
+
+    class Sketch(Scorer):
+        def neighbors(self, feature: int) -> list[int]:
+            return []
+
+        def nearest(self, examples: Sequence[Example]) -> Iterable[int]:
+            return ()
+
+    nothing = Ground(ModelSettings(source="none"), Path())  # what Sketch has no need of
+    trials = Sketch(settings, source, nothing).trials(asked_all(outcomes, source, settings), [], silent)
+    await Judge(rehearsal, _forget).judge_all(trials[:n_judged], tasks_of(settings), 1, silent)
+
+
+def _forget(attempt: dict[str, Any]) -> None:
+    pass
 
 
 def estimate_labels(settings: LabelSettings, features: Path, only: Sequence[int] = ()) -> Estimate:
-    """What `build_labels` with the same arguments would take: it is rehearsed with every prompt, and nothing is sent.
+    """What `build_labels` with the same arguments would take, scores included: a rehearsal with every prompt.
+
+    Nothing is sent.
 
     Raises:
         LabelError: as `build_labels`, but for what only a server can say.
@@ -65,8 +93,7 @@ def estimate_labels(settings: LabelSettings, features: Path, only: Sequence[int]
     chosen = choose(source, settings, only)
     with label_writer(settings, "none", silent) as client:
         rehearsal = Rehearsal(client)
-        labeler = Labeler(rehearsal, source, settings, record=lambda attempt: None)
-        asyncio.run(labeler.label_all(chosen, 1, silent))
+        asyncio.run(_rehearse(rehearsal, source, chosen, settings))
         costs = [client.budget.price(usage) for usage in rehearsal.bought.values()]
         return Estimate(
             len(chosen), len(rehearsal.bought), len(rehearsal.found),

@@ -9,7 +9,7 @@ from sae_core.features import Features
 from sae_core.labels.budget import BudgetReached
 from sae_core.labels.client import ChatClient, Completion, EndpointDown, EndpointError, RequestFailed
 from sae_core.labels.prices import NOTHING, Usage
-from sae_core.labels.prompts import Answer, BadAnswer, ask, ask_again, choose_examples, read_answer
+from sae_core.labels.prompts import Answer, BadAnswer, Message, ask, ask_again, choose_examples, read_answer
 from sae_core.progress import Report
 from sae_core.study import LabelSettings
 
@@ -68,8 +68,9 @@ class Labeler:
             EndpointError: the server answers nothing, or failed several requests in a row.
             ArtifactError: the disk is full.
         """
+        kept = {feature for feature in chosen if self._settle(feature)} if self.client.budget.is_limited else set()
         outcomes: dict[int, Outcome] = {}
-        todo, failed = deque(chosen), 0.0
+        todo, failed = deque(sorted(chosen, key=lambda feature: feature not in kept)), 0.0
 
         async def work() -> None:
             nonlocal failed
@@ -91,9 +92,7 @@ class Labeler:
 
     async def label(self, feature: int) -> Outcome:
         """Ask about one feature; a failure is an outcome. Raises as `label_all`, and BudgetReached."""
-        examples = await asyncio.to_thread(self.features.examples, feature)  # others' answers need not wait for it
-        indices = choose_examples(examples, self.settings.examples, self.settings.seed)
-        messages = ask(self.features.feature(feature), [examples[i] for i in indices])
+        indices, messages = await asyncio.to_thread(self._question, feature)  # others' answers need not wait for it
         outcome = Outcome(feature, None, "", indices, dollars=self.client.budget.price(NOTHING))
         for turn in range(TURNS):
             try:
@@ -109,6 +108,25 @@ class Labeler:
                 break
             messages = ask_again(messages, completion.text, outcome.error)
         return outcome
+
+    def _question(self, feature: int) -> tuple[list[int], list[Message]]:
+        """The examples to show, and what is asked about them."""
+        examples = self.features.examples(feature)
+        indices = choose_examples(examples, self.settings.examples, self.settings.seed)
+        return indices, ask(self.features.feature(feature), [examples[i] for i in indices])
+
+    def _settle(self, feature: int) -> bool:
+        """Count the answers about a feature that are kept already; whether they are all that it wants."""
+        _, messages = self._question(feature)
+        for _ in range(TURNS):
+            if (kept := self.client.settle(messages)) is None:
+                return False
+            try:
+                read_answer(kept.text)
+                return True
+            except BadAnswer as problem:
+                messages = ask_again(messages, kept.text, str(problem))
+        return True
 
     def _count_failure(self, error: str) -> None:
         self._failures += 1

@@ -4,7 +4,8 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from sae_core.features import Example
 from sae_core.features.reader import Sample
 from sae_core.labels.prompts import MARK_SHARE
+from sae_core.study import ModelSettings
 
 T = TypeVar("T")
 
@@ -21,6 +23,24 @@ such in which a feature fires whose decoder row points a similar way."""
 
 Nearest = Callable[[Sequence[Example]], Iterable[int]]
 """Windows of the sample by similarity to examples, most similar first."""
+
+
+class Ground(NamedTuple):
+    """What scores are made from besides labels and features."""
+
+    model: ModelSettings
+    """The language model under study, which embeds texts."""
+    neighbors: Path
+    """Folder of the finished neighbors."""
+
+
+class Scored(NamedTuple):
+    """What came of scoring."""
+
+    fields: dict[int, dict[str, Any]]
+    """For each feature whose label was scored, the fields of its `LabelRow` that say so."""
+    stopped: str
+    """Why the judge asked no more, when the budget was used up."""
 
 
 class Item(NamedTuple):

@@ -5,9 +5,10 @@ beginning of a prompt reads the texts once for a label and both its controls.
 """
 
 import asyncio
+import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -72,6 +73,18 @@ def ask(task: Task, items: Sequence[Item], name: str) -> list[Message]:
     ]
 
 
+def questions(trial: Trial, task: Task) -> Iterator[tuple[slice, str, list[Message], dict[str, Any]]]:
+    """Every question of a trial: which texts, under which name, the messages, and the fields of the request.
+
+    The names of the same texts follow one another: by the second one the server has read the texts.
+    """
+    for start in range(0, len(trial.items), TEXTS):
+        batch = slice(start, start + TEXTS)
+        items = trial.items[batch]
+        for kind, name in trial.names.given().items():
+            yield batch, kind, ask(task, items, name), parameters(len(items))
+
+
 def show(item: Item, task: Task) -> str:
     """The text on one line, with its marks when they are what is judged."""
     return joined([marked(item.tokens, item.marked if task == "fuzzing" else [False] * len(item.tokens))])
@@ -115,6 +128,10 @@ class Judge:
             EndpointError: the server answers nothing, or failed several requests in a row.
             ArtifactError: the disk is full.
         """
+        if self.client.budget.is_limited:
+            for trial, task in itertools.product(trials, tasks):
+                for _, _, messages, more in questions(trial, task):
+                    self.client.settle(messages, **more)
         found: dict[int, list[Answers]] = {}
         places = asyncio.Semaphore(at_once)
 
@@ -131,27 +148,22 @@ class Judge:
 
     async def judge(self, trial: Trial, task: Task) -> Answers:
         """What is said of each text under each name, if it can be read. Raises as `judge_all`, and BudgetReached."""
-        names = trial.names.given()
-        says = {name: np.full(len(trial.items), math.nan) for name in names}
+        says = {name: np.full(len(trial.items), math.nan) for name in trial.names.given()}
         tokens = np.zeros(2, int)
-        for start in range(0, len(trial.items), TEXTS):
-            batch = slice(start, start + TEXTS)
-            for kind, name in names.items():  # one after another: by then the server has read the texts
-                note: dict[str, Any] = {"feature": trial.feature, "scorer": task, "name": kind, "error": ""}
-                try:
-                    completion = await self.client.complete(
-                        ask(task, trial.items[batch], name), **parameters(len(trial.items[batch]))
-                    )
-                    self._failures = 0
-                    note |= completion._asdict()
-                    tokens += (completion.prompt_tokens, completion.completion_tokens)
-                    says[kind][batch] = read(completion.text, len(trial.items[batch]))
-                except BadAnswer as problem:
-                    note["error"] = str(problem)
-                except RequestFailed as failure:
-                    note["error"] = str(failure)
-                    self._count_failure(str(failure))
-                self.record(note)
+        for batch, kind, messages, more in questions(trial, task):  # one after another, see there
+            note: dict[str, Any] = {"feature": trial.feature, "scorer": task, "name": kind, "error": ""}
+            try:
+                completion = await self.client.complete(messages, **more)
+                self._failures = 0
+                note |= completion._asdict()
+                tokens += (completion.prompt_tokens, completion.completion_tokens)
+                says[kind][batch] = read(completion.text, len(trial.items[batch]))
+            except BadAnswer as problem:
+                note["error"] = str(problem)
+            except RequestFailed as failure:
+                note["error"] = str(failure)
+                self._count_failure(str(failure))
+            self.record(note)
         return Answers(task, says, int(tokens[0]), int(tokens[1]))
 
     def _count_failure(self, error: str) -> None:

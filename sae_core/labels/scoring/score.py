@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import faiss
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Float
 
@@ -15,37 +17,17 @@ from sae_core.features.reader import Sample
 from sae_core.labels.client import ChatClient
 from sae_core.labels.reader import LabelRow, Score
 from sae_core.labels.scoring.embedding import Embedder, joined
-from sae_core.labels.scoring.items import Answers, Item, Names, Trial, as_item, negatives, positives
-from sae_core.labels.scoring.judge import TASKS, Judge, Record
+from sae_core.labels.scoring.items import Answers, Ground, Item, Names, Scored, Trial, as_item, negatives, positives
+from sae_core.labels.scoring.judge import TASKS, Judge, Record, Task
 from sae_core.labels.scoring.metrics import Pairs, accuracy_pairs, auc_pairs, bootstrap
 from sae_core.language_model import LanguageModel
 from sae_core.neighbors import NEIGHBORS
 from sae_core.progress import Report
-from sae_core.study import LabelSettings, ModelSettings
+from sae_core.study import LabelSettings
 
 LEAST = 4
 """Texts in which the feature fires, from fewer of which no score is made."""
-LOCAL_JUDGED = 2
-"""Features that a local model judges when the study does not say how many."""
 _OVERFETCH = 32  # windows looked at for each example, of which those are taken in which the feature does not fire
-
-
-class Ground(NamedTuple):
-    """What scores are made from besides labels and features."""
-
-    model: ModelSettings
-    """The language model under study, which embeds texts."""
-    neighbors: Path
-    """Folder of the finished neighbors."""
-
-
-class Scored(NamedTuple):
-    """What came of scoring."""
-
-    fields: dict[int, dict[str, Any]]
-    """For each feature whose label was scored, the fields of its `LabelRow` that say so."""
-    stopped: str
-    """Why the judge asked no more, when the budget was used up."""
 
 
 async def score_labels(
@@ -74,15 +56,19 @@ async def score_labels(
     scorer = Scorer(settings, features, ground)
     trials = scorer.trials(rows, others, report)
     answers = {trial.feature: [scorer.embed(trial)] * ("embedding" in settings.scorers) for trial in trials}
-    tasks = [task for task in TASKS if task in settings.scorers]
-    n_judged = len(trials) if settings.base_url else LOCAL_JUDGED
-    judged = trials[: n_judged if settings.judged is None else settings.judged] if tasks else []
+    tasks = tasks_of(settings)
     judge = Judge(client, record)
+    judged = trials[: settings.judged_of(len(trials))]
     for feature, found in (await judge.judge_all(judged, tasks, at_once, report)).items():
         answers[feature] += found
     n_levels = max((item.level for trial in trials for item in trial.items), default=0)
     fields = {t.feature: _fields(t, [score(t, found, n_levels) for found in answers[t.feature]]) for t in trials}
     return Scored(fields, judge.stopped)
+
+
+def tasks_of(settings: LabelSettings) -> list[Task]:
+    """What the judge is asked to do."""
+    return [task for task in TASKS if task in settings.scorers]
 
 
 def _fields(trial: Trial, scores: Sequence[Score]) -> dict[str, Any]:
@@ -102,12 +88,23 @@ class Scorer:
     def __init__(self, settings: LabelSettings, features: Features, ground: Ground) -> None:
         self.settings = settings
         self.features = features
-        self._sample: Sample = features.sample()
-        self._embedder = Embedder(LanguageModel.load(ground.model), [joined(t) for t in self._sample.tokens])
-        self._index = faiss.IndexFlatIP(self._embedder.windows.shape[1])
-        self._index.add(self._embedder.windows)
-        table = pq.read_table(ground.neighbors / NEIGHBORS, columns=["feature", "rank", "neighbor"]).sort_by("rank")
-        self._feature, self._neighbor = (table[name].to_numpy() for name in ("feature", "neighbor"))
+        self.ground = ground
+        self.sample: Sample = features.sample()
+
+    @cached_property
+    def _embedder(self) -> Embedder:
+        return Embedder(LanguageModel.load(self.ground.model), [joined(t) for t in self.sample.tokens])
+
+    @cached_property
+    def _index(self) -> faiss.IndexFlatIP:
+        index = faiss.IndexFlatIP(self._embedder.windows.shape[1])
+        index.add(self._embedder.windows)
+        return index
+
+    @cached_property
+    def _pairs(self) -> pa.Table:
+        columns = ["feature", "rank", "neighbor"]
+        return pq.read_table(self.ground.neighbors / NEIGHBORS, columns=columns).sort_by("rank")
 
     def trials(self, rows: Sequence[LabelRow], others: Sequence[LabelRow], report: Report) -> list[Trial]:
         """The written labels among `rows` with their texts, in order; none for a feature with too few texts."""
@@ -137,13 +134,17 @@ class Scorer:
         chosen = positives(examples, row.examples, self.settings.score_examples, seed)
         if not chosen:
             return []
-        neighbors = self._neighbor[self._feature == row.feature].tolist()
         seen = {examples[i].document for i in row.examples}
-        silent = negatives(self._sample, row.feature, neighbors, chosen, seen, self._nearest, seed)
+        neighbors = self.neighbors(row.feature)
+        silent = negatives(self.sample, row.feature, neighbors, chosen, seen, self.nearest, seed)
         items = [*map(as_item, chosen), *silent]
         return [items[i] for i in np.random.default_rng(seed).permutation(len(items))]
 
-    def _nearest(self, examples: Sequence[Example]) -> Iterable[int]:
+    def neighbors(self, feature: int) -> list[int]:
+        """Features with similar decoder rows, nearest first."""
+        return self._pairs.filter(pc.field("feature") == feature)["neighbor"].to_pylist()
+
+    def nearest(self, examples: Sequence[Example]) -> Iterable[int]:
         """The nearest window of each example, then the second nearest of each, and so on."""
         texts = self._embedder.texts([joined(example.tokens) for example in examples])
         count = min(_OVERFETCH, self._index.ntotal)

@@ -7,7 +7,7 @@ from sae_core.study import LabelSettings
 
 def settings(endpoint, **more) -> LabelSettings:
     prices = {"prompt_price": 0.1, "completion_price": 0.4}
-    return LabelSettings(model="m", base_url=endpoint.url, **{"features": 6} | prices | more)
+    return LabelSettings(model="m", base_url=endpoint.url, **{"features": 6, "judged": 0} | prices | more)
 
 
 def test_an_estimate_asks_nobody_and_writes_nothing(endpoint, make_features, cache):

@@ -1,7 +1,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_core.features import FeatureRow
@@ -38,6 +38,7 @@ def test_a_feature_without_promoted_tokens_is_named_by_what_it_fires_on():
     assert lexical_label(replace(FEATURE, promoted=[])) == 'fires on "planet", "Mars"'
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.text(max_size=40), max_size=8), st.lists(st.text(max_size=40), max_size=8))
 def test_a_label_is_one_short_line(fires, promoted):
     feature = replace(FEATURE, top_tokens=fires, top_token_shares=[0.1] * len(fires), promoted=promoted)

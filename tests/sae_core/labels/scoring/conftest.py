@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sae_core.labels.scoring.embedding import Embedder
+
 SUBJECTS = ("the old man", "a young doctor", "her brother", "the village", "our teacher", "the committee")
 VERBS = ("opened", "visited", "remembered", "built", "described", "sold")
 OBJECTS = ("the bridge", "a small garden", "the report", "some bread", "the castle", "an engine")
@@ -41,7 +43,24 @@ CONCEPTS: dict[str, tuple[str, Callable[[random.Random], str]]] = {
     ),
 }  # fmt: skip
 """What a feature fires on: its true name, the rule that finds it in a text, and texts that hold it."""
-N_TEXTS, N_WINDOWS = 14, 12
+N_TEXTS, N_WINDOWS = 14, 8
+
+
+EMBEDDED: dict[tuple, Any] = {}
+
+
+@pytest.fixture(autouse=True)
+def embedded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each model embeds the same texts once for all tests."""
+    embed = Embedder._embed
+
+    def remembered(self: Embedder, texts: list[str]) -> Any:
+        key = (self._lm.d_model, *texts)
+        if key not in EMBEDDED:
+            EMBEDDED[key] = embed(self, texts)
+        return EMBEDDED[key]
+
+    monkeypatch.setattr(Embedder, "_embed", remembered)
 
 
 @pytest.fixture(scope="session")

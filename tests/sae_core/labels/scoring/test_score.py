@@ -14,8 +14,10 @@ from sae_core.features import Features
 from sae_core.labels import Labels, build_labels
 from sae_core.labels.client import EndpointError
 from sae_core.labels.endpoint import label_writer
+from sae_core.labels.estimate import estimate_labels
 from sae_core.labels.reader import LabelRow
-from sae_core.labels.scoring.score import Ground, score_labels
+from sae_core.labels.scoring.items import Ground
+from sae_core.labels.scoring.score import score_labels
 from sae_core.study import LabelSettings, ModelSettings
 
 CACHE = os.environ.get("MIND_ATLAS_CACHE")  # before a fixture sets one that is empty
@@ -116,7 +118,8 @@ def test_answers_that_cannot_be_read_are_counted_and_make_no_score(endpoint, by_
     assert found[1] == {}
 
 
-def test_a_judge_that_dies_stops_the_run(endpoint, by_rule, planted, ground, rows):
+def test_a_judge_that_dies_stops_the_run(endpoint, by_rule, planted, ground, rows, monkeypatch):
+    monkeypatch.setattr("sae_core.labels.client.RETRIES", 0)
     endpoint.behavior = lambda h, b: h.error(500)
     with pytest.raises(EndpointError, match="5 requests in a row"):
         scored(LabelSettings(model="m", base_url=endpoint.url, scorers=["detection"]), planted, ground, rows)
@@ -170,15 +173,12 @@ def test_a_real_models_similarity_tells_true_labels_from_shuffled_ones(planted, 
     assert sum(fields["beats_control"] for fields in found.values()) >= 2
 
 
-@pytest.mark.label_model
-def test_the_local_model_tells_true_labels_from_shuffled_ones(planted, rows, real_cache, request, tiny_model):
-    if "label_model" not in request.config.option.markexpr:
-        pytest.skip("asks the local label writer, 1.1 GB and some minutes: run it with -m label_model")
-    ground = Ground(ModelSettings(source=str(tiny_model)), planted.folder)
-    found = scored(LabelSettings(scorers=["detection"], judged=5), planted, ground, rows)
-    scores = [fields["scores"][0] for fields in found.values()]
-    print(*((s.score, s.low, s.high, s.shuffled, s.lexical, s.failed) for s in scores), sep="\n")
-    assert sum(score.failed for score in scores) / 5 <= 0.1
-    mean = sum(score.score or 0 for score in scores) / 5
-    assert mean >= 0.65
-    assert sum(score.shuffled or 0 for score in scores) / 5 <= mean - 0.1
+def test_an_estimate_foretells_the_judge_s_questions_too(endpoint, by_rule, planted, ground, tmp_path):
+    endpoint.behavior = by_rule
+    settings = LabelSettings(model="m", base_url=endpoint.url, features=5, examples=3)
+    estimate = estimate_labels(settings, planted.folder)
+    assert endpoint.requests == []
+    build_labels(settings, planted.folder, tmp_path, ground=ground)
+    assert (estimate.features, estimate.requests) == (5, len(endpoint.requests))
+    sent = sum(len(m["content"].encode()) for request in endpoint.requests for m in request["messages"])
+    assert sent / 4 < estimate.prompt_tokens < sent / 2.8
