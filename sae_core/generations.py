@@ -136,8 +136,8 @@ def write_generation(store: ArtifactStore, dictionary: str, parts: dict[str, Mad
     others = [g.number for g in generations(store, dictionary) if g.folder != folder]
     before = followed(store, dictionary, fingerprint_of(folder))
     generation = Generation(max(others, default=0) + 1, before.number if before else 0, folder, manifests)
-    said = {"number": generation.number, "follows": generation.follows}
-    said |= {"manifests": {key: asdict(manifest) for key, manifest in manifests.items()}}
+    said = generation._asdict() | {"manifests": {key: asdict(manifest) for key, manifest in manifests.items()}}
+    del said["folder"]  # where this lies
     with write_atomically(folder / GENERATION) as path:
         path.write_text(json.dumps(said, indent=1), "utf-8")
     return generation
