@@ -22,7 +22,7 @@ from sae_core.artifacts import MANIFEST, PROJECT
 from sae_core.stages import VERSIONS
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(4 * 3600)]
-STAGES = [stage for stage in VERSIONS if stage != "steering_report"]
+STAGES = list(VERSIONS)
 KILLS = int(os.environ.get("MIND_ATLAS_KILLS", "50"))
 BEGIN, END = "<!-- faults -->", "<!-- end of faults -->"
 Rows = list[tuple[str, str]]

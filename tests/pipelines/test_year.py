@@ -24,7 +24,7 @@ from sae_core.training import build_dictionary
 
 STUDY = STUDIES.get("tiny")
 SLUG = STUDY.spec(STUDY.dictionaries[0]).slug
-STAGES = [stage for stage in VERSIONS if stage != "steering_report"]
+STAGES = list(VERSIONS)
 D_SAE = 64
 NEWS = (
     "The comet came back in month {0}, and everyone looked up.", "class Month{0}:\n    number = {0}",
