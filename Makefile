@@ -4,7 +4,7 @@ VENV   ?= .venv
 RUN    := $(VENV)/bin
 TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: atlas test peers setup clean
+.PHONY: atlas test chaos peers setup clean
 
 atlas: setup ## set up, then run the quickstart study end to end
 	$(RUN)/mind-atlas run quickstart
@@ -14,6 +14,9 @@ test: setup ## set up, then lint, check types and run the tests
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 	$(RUN)/pytest -n 2 --dist loadfile
+
+chaos: setup ## every fault of docs/reliability.md, and its table; KILLS=5 for fewer kills
+	MIND_ATLAS_KILLS=$(or $(KILLS),50) $(RUN)/pytest -m chaos tests/pipelines/test_chaos.py
 
 # None of what is compared uses torchvision, which nnsight brings; its wheel for CUDA cannot be loaded beside a CPU torch.
 peers: ## compare with the other libraries themselves, in a virtual environment of its own

@@ -43,15 +43,13 @@ def atlas(context: dg.AssetExecutionContext, config: AtlasRun, workshop: Worksho
     """The generation that readers see: promoted when no check fails and nothing is worse than in the one before."""
     from sae_core.promotion import build_atlas
 
-    result = workshop.make(
+    return workshop.make(
         context, "retraining", config,
         lambda order, draft, report: build_atlas(
             order.study.retraining, draft.parents, workshop.store, draft.folder, workshop.verdicts(order, draft.parents)
         ),
         _report,
     )  # fmt: skip
-    workshop.collect(context.partition_key)
-    return result
 
 
 def _report(made: Made) -> dict[str, Any]:

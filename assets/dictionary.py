@@ -39,7 +39,7 @@ def dictionary(context: dg.AssetExecutionContext, config: DictionaryRun, worksho
             order.trained, order.study.activations, order.study.model,
             draft.parents["corpus"].folder, draft.parents["activations"].folder, draft.folder,
             workshop.torch_device(), report, workshop.others(context, order),
-            workshop.previous(draft.recipe.slug), order.study.retraining.warm_start,
+            workshop.previous(draft.recipe.slug, draft.fingerprint), order.study.retraining.warm_start,
             second(draft.parents, "activations"),
         ),
         lambda made: _pictures(workshop, made),

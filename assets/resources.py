@@ -1,7 +1,6 @@
 """The one resource: where things are kept, what the machine is, and how a stage is made with both."""
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,15 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import dagster as dg
-from filelock import FileLock
 from pydantic import Field, ValidationError, create_model
 
 from assets.checks import result
 from assets.partitions import STUDIES
-from sae_core.artifacts import ArtifactError, ArtifactStore, Draft, Made, home
+from sae_core.artifacts import ATLAS, ArtifactError, ArtifactStore, Draft, Made, fingerprint_of, home
 from sae_core.checks import Verdict, verdicts
 from sae_core.errors import MindAtlasError
-from sae_core.generations import Snapshot, outdated, served
+from sae_core.generations import collect, followed
 from sae_core.progress import Report
 from sae_core.settings import Settings
 from sae_core.studies import Order
@@ -155,7 +153,10 @@ class Workshop(dg.ConfigurableResource):
         try:
             order = STUDIES.order(slug, context.run.tags.get(STUDY_TAG)).override(section, changes)
             recipe = order.recipe(stage, slug)
-            made = self.store.make(recipe, lambda draft: self._alone(build, order, draft, report), again=again)
+            with self.store.lock():  # one heavy step at a time, and nobody makes its parents anew meanwhile
+                made = self.store.make(recipe, lambda draft: build(order, draft, report), again=again)
+                if stage == ATLAS:
+                    collect(self.store, order.study.retraining.generations)
         except ValidationError as error:
             raise dg.Failure(f"{section}: {explain(error)}", allow_retries=False) from error
         except MindAtlasError as error:
@@ -177,7 +178,7 @@ class Workshop(dg.ConfigurableResource):
         for settings in order.study.dictionaries if STUDY_TAG in context.run.tags else []:
             recipe = order.recipe("dictionary", order.study.spec(settings).slug)
             folder = self.store.draft_folder(recipe)
-            if settings != order.dictionary and folder and not self.previous(recipe.slug):
+            if settings != order.dictionary and folder and not self.previous(recipe.slug, fingerprint_of(folder)):
                 found[folder] = settings
         return found
 
@@ -202,29 +203,16 @@ class Workshop(dg.ConfigurableResource):
                 found.append(Plan(site, study.model, corpus, folder, self._elsewhere(recipe.slug, folder)))
         return found
 
-    def previous(self, slug: str) -> Path | None:
-        """Folder of the dictionary that is served under this name; a new one follows it, and is trained alone."""
-        now = served(self.store, slug)
-        return now.get("dictionary", slug).folder if isinstance(now, Snapshot) else None
+    def previous(self, slug: str, fingerprint: str) -> Path | None:
+        """Folder of the served dictionary that the one with this fingerprint follows; such a one is trained alone."""
+        generation = followed(self.store, slug, fingerprint)
+        named = generation.manifests[f"dictionary/{slug}"].folder if generation else ""
+        return self.store.root / "dictionary" / slug / named if named else None
 
     def verdicts(self, order: Order, parents: dict[str, Made]) -> list[Verdict]:
         """The checks of all stages."""
         manifests = [made.manifest for made in parents.values()]
         return [v for manifest in manifests for v in verdicts(manifest.stage, manifest.summary, order)]
-
-    def collect(self, slug: str) -> None:
-        """Drop the generations that the dictionary's study does not want to keep any more."""
-        keep = STUDIES.order(slug).study.retraining.generations
-        for folder in outdated(self.store, keep):
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def _alone(self, build: Build, order: Order, draft: Draft, report: Report) -> dict[str, Any]:
-        """Build while nothing else is built here: one heavy step at a time.
-
-        A lock of the system's, which dies with its owner; a slot of a Dagster pool outlives a killed process.
-        """
-        with FileLock(self.store.root / ".machine.lock"):
-            return build(order, draft, report)
 
 
 def _cluster(address: str) -> Any:

@@ -514,10 +514,12 @@ def export(folder: Path, format_: str, limit: int | None, study: str, dictionary
 def rollback(study: str, dictionary: str) -> None:
     """Serve the generation before the one that is served, and promote the latter no more."""
     from pipelines.console import out
+    from sae_core.atlas import write_views
     from sae_core.generations import roll_back
 
     name = _atlas(study, dictionary).dictionary
-    generation = roll_back(ArtifactStore(home()), name)
+    generation = roll_back(store := ArtifactStore(home()), name)
+    write_views(store)
     out.print(f"{name}: generation {generation.number} is served", markup=False)
 
 
@@ -526,18 +528,17 @@ def rollback(study: str, dictionary: str) -> None:
 @click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
 def gc(keep: int, dry_run: bool) -> None:
     """Delete what no kept generation needs, nobody reads, and no run is making."""
-    import shutil
-
     from pipelines.console import out
-    from sae_core.generations import outdated
+    from sae_core.generations import collect, outdated
 
-    total = 0
-    for folder in outdated(ArtifactStore(home()), keep):
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        total += size
-        out.print(f"{size / 1e6:10,.1f} MB  {folder}", markup=False)
+    store, total = ArtifactStore(home()), 0
+    with store.lock(wait=False):
+        for folder in outdated(store, keep):
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            total += size
+            out.print(f"{size / 1e6:10,.1f} MB  {folder}", markup=False)
         if not dry_run:
-            shutil.rmtree(folder, ignore_errors=True)
+            collect(store, keep)
     out.print(f"{total / 1e6:10,.1f} MB  {'would be deleted' if dry_run else 'deleted'}", markup=False)
 
 

@@ -36,6 +36,8 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 ATLAS, GENERATION = "atlas", "generation.json"
 """The stage that publishes what belongs together, and the file in its folder that says what does."""
+DROPPED = "dropped.json"
+"""What `generation.json` is called from the moment on that its generation is being deleted."""
 SCRATCH = "scratch"
 """Sub-folder of a draft for what only a resumed run needs (checkpoints); gone when the artifact is complete."""
 
@@ -106,6 +108,23 @@ class Manifest:
         return f"{self.stage}/{self.slug}"
 
 
+def fingerprint_of(folder: Path) -> str:
+    """The fingerprint by which the folder of an artifact is called; another version of the same has a number too."""
+    return folder.name.partition(".")[0]
+
+
+def read_manifest(path: Path) -> Manifest | None:
+    """The manifest in a file, or None when there is none. Raises ArtifactError when it cannot be read."""
+    try:
+        return Manifest(**json.loads(path.read_text("utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(
+            f"{path} is damaged ({error}): `mind-atlas verify --repair` removes it, and `run` goes on from there"
+        ) from None
+
+
 class Made(NamedTuple):
     """An artifact that is there now."""
 
@@ -132,6 +151,11 @@ class Draft:
     parents: dict[str, Made]
     """The finished parents, by stage; a second one of a stage by its key."""
 
+    @property
+    def fingerprint(self) -> str:
+        """What the artifact will have: that of the recipe, from the parents as they are."""
+        return fingerprint_of(self.folder)
+
 
 def second(parents: dict[str, Made], stage: str) -> Path | None:
     """Of a draft's parents, the folder of the second one of a stage, if it has two."""
@@ -146,13 +170,7 @@ class ArtifactStore:
 
     def manifest(self, stage: str, slug: str) -> Manifest | None:
         """The manifest, or None when the artifact was never made. Raises ArtifactError when it cannot be read."""
-        path = self._home(stage, slug) / MANIFEST
-        try:
-            return Manifest(**json.loads(path.read_text("utf-8")))
-        except FileNotFoundError:
-            return None
-        except (ValueError, TypeError) as error:
-            raise ArtifactError(f"{path} is damaged ({error}): delete it, and run the study again") from None
+        return read_manifest(self._home(stage, slug) / MANIFEST)
 
     def get(self, stage: str, slug: str) -> Made:
         """The finished artifact. Raises ArtifactError when it was never made."""
@@ -198,9 +216,14 @@ class ArtifactStore:
 
     def remove(self, manifest: Manifest, files: Iterable[str]) -> None:
         """Remove damaged files of a finished artifact: the next `make` makes them again, and what lies whole stays."""
-        with self._lock(manifest.stage, manifest.slug):
+        with self.lock(manifest.stage, manifest.slug):
             for name in files:
                 (self._home(manifest.stage, manifest.slug) / manifest.folder / name).unlink(missing_ok=True)
+
+    def forget(self, stage: str, slug: str) -> None:
+        """Remove a manifest that cannot be read: the next `make` finds what was kept, or makes the artifact again."""
+        with self.lock(stage, slug):
+            (self._home(stage, slug) / MANIFEST).unlink(missing_ok=True)
 
     def make(self, recipe: Recipe, build: Callable[[Draft], dict[str, Any]], *, again: bool = False) -> Made:
         """Return the artifact, made by `build` unless it is there with the right fingerprint.
@@ -208,7 +231,8 @@ class ArtifactStore:
         `build` writes into `draft.folder` and returns the summary (JSON values). A second call for the same artifact,
         in this or another process, waits until the first is done and then finds its result. What exists stays
         readable until the new version is complete. An artifact that has lost files, or parts of them, is mended where
-        it lies: the broken files are removed, and `build` goes on from the rest.
+        it lies: the broken files are removed, and `build` goes on from the rest. One that a generation of an
+        atlas kept (see `generations`) is taken from there: nothing is written where somebody may be reading.
 
         Args:
             recipe: what is wanted. Parents are taken as they are on disk; their actual fingerprints are recorded.
@@ -218,25 +242,21 @@ class ArtifactStore:
         Raises:
             ArtifactError: a parent is missing or damaged, the disk is full, or the result cannot be written.
         """
-        with self._lock(recipe.stage, recipe.slug):
+        with self.lock(recipe.stage, recipe.slug):
             parents, actual, wanted = self._wanted(recipe)
-            found = self.manifest(recipe.stage, recipe.slug)
-            if found and found.fingerprint == wanted and not again:
-                damage = self.damage(found)
-                if not damage:
-                    return self.get(recipe.stage, recipe.slug)
-                name = found.folder
-                for broken in damage:
-                    (self._home(recipe.stage, recipe.slug) / name / broken).unlink(missing_ok=True)
-            else:
-                name = wanted if not found or found.folder != wanted else f"{wanted}.again"
-            folder = self._home(recipe.stage, recipe.slug) / name
+            found = None if again else self._found(recipe, wanted)
+            damage = self.damage(found) if found else {}
+            if found and not damage:
+                return self._switch(found)
+            folder = self._place(recipe, wanted, found)
+            for broken in damage:
+                (folder / broken).unlink(missing_ok=True)
             folder.mkdir(parents=True, exist_ok=True)
             start = time.monotonic()
             summary = build(Draft(recipe, folder, parents))
             manifest = Manifest(
                 recipe.stage, recipe.slug, wanted, recipe.version, recipe.settings, actual, summary,
-                name, files={}, seconds=round(time.monotonic() - start, 2),
+                folder.name, files={}, seconds=round(time.monotonic() - start, 2),
                 made_at=datetime.now(UTC).isoformat("T", "seconds"), versions=_versions(), commit=_commit(),
             )  # fmt: skip
             return self._commit(manifest, folder)
@@ -246,8 +266,35 @@ class ArtifactStore:
 
         Raises ArtifactError when a parent is missing.
         """
-        found, wanted = self.manifest(recipe.stage, recipe.slug), self._wanted(recipe)[2]
-        return None if found and found.fingerprint == wanted else self._home(recipe.stage, recipe.slug) / wanted
+        wanted = self._wanted(recipe)[2]
+        return None if self._found(recipe, wanted) else self._place(recipe, wanted, None)
+
+    def _found(self, recipe: Recipe, wanted: str) -> Manifest | None:
+        """The manifest of what has the wanted fingerprint: the newest, or one that a generation kept."""
+        now, home = self.manifest(recipe.stage, recipe.slug), self._home(recipe.stage, recipe.slug)
+        if now and now.fingerprint == wanted:
+            return now
+        kept = (Manifest(**said[recipe.key]) for said in self.generations().values() if recipe.key in said)
+        copies = (read_manifest(path) for path in sorted(home.glob(f"{wanted}*/{MANIFEST}")))  # an atlas has them
+        same = [manifest for manifest in (*kept, *copies) if manifest and manifest.fingerprint == wanted]
+        return next((manifest for manifest in reversed(same) if (home / manifest.folder).is_dir()), None)
+
+    def _place(self, recipe: Recipe, wanted: str, found: Manifest | None) -> Path:
+        """Where to write: what is damaged where it lies, all else in the first folder that nobody needs."""
+        home, now = self._home(recipe.stage, recipe.slug), self.manifest(recipe.stage, recipe.slug)
+        if found:
+            return home / found.folder
+        needed = self._needed(recipe.stage, recipe.slug) | ({now.folder} if now else set())
+        names = (wanted, *(f"{wanted}.{n}" for n in range(2, len(needed) + 3)))
+        return home / next(name for name in names if name not in needed)
+
+    def _switch(self, manifest: Manifest) -> Made:
+        """Make a finished artifact the newest, unless it is."""
+        home = self._home(manifest.stage, manifest.slug)
+        if self.manifest(manifest.stage, manifest.slug) != manifest:
+            with write_atomically(home / MANIFEST) as path:
+                path.write_text(json.dumps(asdict(manifest), indent=1), "utf-8")
+        return Made(manifest, home / manifest.folder, cached=True)
 
     def _wanted(self, recipe: Recipe) -> tuple[dict[str, Made], dict[str, str], str]:
         """The parents as they are, as in `Draft`; their fingerprints; and the artifact's that follows."""
@@ -265,7 +312,8 @@ class ArtifactStore:
         """Checksum, switch the manifest over, and drop what it replaced."""
         for leftover in {*folder.rglob("*.tmp"), *folder.rglob(".*")}:  # a killed run's: ours, and safetensors'
             leftover.unlink()
-        kept = (path for path in sorted(folder.rglob("*")) if path.is_file() and folder / SCRATCH not in path.parents)
+        passing = {folder / SCRATCH, folder / MANIFEST}  # the latter an atlas's copy, written below
+        kept = (path for path in sorted(folder.rglob("*")) if path.is_file() and not passing & {path, *path.parents})
         files = {str(path.relative_to(folder)): _describe(path) for path in kept}
         manifest = replace(manifest, files=files)
         copy = [folder] if manifest.stage == ATLAS else []  # for whoever goes back to this generation
@@ -276,29 +324,35 @@ class ArtifactStore:
             shutil.rmtree(other, ignore_errors=True)
         return Made(manifest, folder, cached=False)
 
-    def unused(self, manifest: Manifest, without: Iterable[Path] = ()) -> list[Path]:
+    def unused(self, manifest: Manifest) -> list[Path]:
         """Folders beside an artifact's that neither it needs, nor a generation of an atlas (see `generations`).
 
-        The generations in the folders `without` do not count.
+        There are none while a generation cannot be read: it may need anything.
         """
-        home, generations = self._home(manifest.stage, manifest.slug), self._generations(set(without))
-        needed = {manifest.folder, *(path.name for path in generations if path.parent == home)}
-        if manifest.stage != "activations":  # which nobody reads afterwards, and which are large
-            needed |= {said[manifest.key]["folder"] for said in generations.values() if manifest.key in said}
-        return [path for path in sorted(home.iterdir()) if path.is_dir() and path.name not in needed]
+        home, needed = self._home(manifest.stage, manifest.slug), self._needed(manifest.stage, manifest.slug)
+        if not all(self.generations().values()):
+            return []
+        folders = (path for path in sorted(home.iterdir()) if path.is_dir())
+        return [path for path in folders if path.name not in {*needed, manifest.folder}]
 
-    def _generations(self, without: set[Path]) -> dict[Path, dict[str, Any]]:
-        """What the generations that are kept are made of, by their folders."""
-        files = (path for path in self.root.glob(f"{ATLAS}/*/*/{GENERATION}") if path.parent not in without)
-        return {path.parent: json.loads(path.read_text("utf-8"))["manifests"] for path in files}
+    def _needed(self, stage: str, slug: str) -> set[str]:
+        """Names of the folders of an artifact's versions that generations are made of, or of generations."""
+        generations, key = self.generations(), f"{stage}/{slug}"
+        needed = {path.name for path in generations if path.parent == self._home(stage, slug)}
+        if stage == "activations":  # which nobody reads afterwards, and which are large
+            return needed
+        return needed | {said[key]["folder"] for said in generations.values() if key in said}
 
-    def is_being_made(self, stage: str, slug: str) -> bool:
-        """Whether some process is making the artifact now."""
-        try:
-            with FileLock(self._home(stage, slug) / ".lock", timeout=0):
-                return False
-        except Timeout:
-            return True
+    def generations(self) -> dict[Path, dict[str, Any]]:
+        """What the generations that are kept are made of, by their folders; nothing of one that cannot be read."""
+        found: dict[Path, dict[str, Any]] = {}
+        for path in sorted(self.root.glob(f"{ATLAS}/*/*/{MANIFEST}")):
+            try:
+                found[path.parent] = json.loads((path.parent / GENERATION).read_text("utf-8"))["manifests"]
+            except (OSError, ValueError, TypeError, KeyError):
+                if not (path.parent / DROPPED).exists():
+                    found[path.parent] = {}
+        return found
 
     def _home(self, stage: str, slug: str) -> Path:
         if not slug or "/" in slug or "\\" in slug or slug.startswith("."):
@@ -306,15 +360,28 @@ class ArtifactStore:
         return self.root / stage / slug
 
     @contextmanager
-    def _lock(self, stage: str, slug: str) -> Iterator[None]:
-        """One maker at a time; the system frees the lock when its owner dies."""
-        home = self._home(stage, slug)
+    def lock(self, stage: str = "", slug: str = "", *, wait: bool = True) -> Iterator[None]:
+        """One maker at a time, of an artifact or, without a name, of anything: whoever comes later waits.
+
+        The system frees the lock when its owner dies, however it does; a slot of a Dagster pool outlives it.
+
+        Raises:
+            ArtifactError: nothing can be written here; or somebody has the lock, and nobody wants to `wait`.
+        """
+        path = self._home(stage, slug) / ".lock" if stage else self.root / ".machine.lock"
+        lock = FileLock(path)
         try:
-            home.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            raise ArtifactError(f"{path.parent} is being written by a run: try again when it has ended") from None
         except OSError as error:
-            raise ArtifactError(f"cannot write to {home}: {error.strerror}; set MIND_ATLAS_HOME elsewhere") from None
-        with FileLock(home / ".lock"):  # when another run is making it: wait, then use what it made
+            why = error.strerror or error
+            raise ArtifactError(f"cannot write to {path.parent}: {why}; set MIND_ATLAS_HOME elsewhere") from None
+        try:
             yield
+        finally:
+            lock.release()
 
 
 @contextmanager

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from sae_core.activations import Activations
 from sae_core.activations.pair import open_sites
-from sae_core.artifacts import ArtifactStore, Made, second, write_atomically
+from sae_core.artifacts import ArtifactStore, Made, fingerprint_of, second, write_atomically
 from sae_core.checks import Verdict
 from sae_core.dictionary import Dictionary
 from sae_core.errors import MindAtlasError
-from sae_core.generations import Snapshot, refusal, refuse, served, write_generation
+from sae_core.generations import Snapshot, followed, refusal, refuse, write_generation
 from sae_core.lineage import LINEAGE
 from sae_core.metrics import measure
 from sae_core.study import RetrainingSettings
@@ -68,20 +68,22 @@ def build_atlas(
         Refused: the challenger fails a check or is worse; the reasons are in the message, and in `report.md`.
     """
     slug = parents["dictionary"].manifest.slug
-    champion = served(store, slug)
+    before = followed(store, slug, fingerprint_of(folder))
+    champion = Snapshot(store.root, before) if before else None
     written = second(parents, "activations")
     sample = _sample(open_sites(parents["activations"].folder, written, "held_out"))
     lines = _own(verdicts)
-    fates = _fates(parents["dictionary"].folder)
-    if isinstance(champion, Snapshot):
-        reference = load_file(store.get("atlas", slug).folder / REFERENCE)["acts"]
+    is_same = champion is not None and champion.generation.holds(parents["dictionary"].manifest.fingerprint)
+    fates = Counter() if is_same else _fates(parents["dictionary"].folder)  # what became of them was told before
+    if champion:
+        reference = load_file(champion.generation.folder / REFERENCE)["acts"]
         old = Dictionary.load(champion.get("dictionary", slug).folder)
         new = Dictionary.load(parents["dictionary"].folder)
         lines += _compare(settings, old, new, {"its own": sample, "the served": reference}, fates)
     failed = [line for line in lines if not line.passed]
     _write_report(folder, champion, parents, lines, fates)
     if failed:
-        refuse(store, slug, refusal(folder.name, settings), "; ".join(line.name for line in failed))
+        refuse(store, slug, refusal(fingerprint_of(folder), settings), "; ".join(line.name for line in failed))
         why = "; ".join(f"{line.name}: {line.challenger:.4g}, wanted {line.bound:.4g}" for line in failed)
         raise Refused(
             f"{slug} is not promoted, what is served stays ({why}); see {folder / REPORT}, and loosen [retraining] or "
@@ -89,11 +91,10 @@ def build_atlas(
         )
     with write_atomically(folder / REFERENCE) as path:
         save_file({"acts": sample}, path)
-    corpus, site = parents["corpus"].manifest.slug, parents["activations"].manifest.slug
-    generation = write_generation(store, slug, corpus, site, folder)
+    generation = write_generation(store, slug, parents, folder)
     return {
         "generation": generation.number,
-        "first": not isinstance(champion, Snapshot),
+        "first": champion is None,
         "kept_share": _kept_share(fates),
         **dict(sorted(fates.items())),
     }
@@ -163,19 +164,19 @@ def _kept_share(fates: Counter[str]) -> float:
 
 
 def _write_report(
-    folder: Path, served_now: ArtifactStore, parents: dict[str, Made], lines: list[Line], fates: Counter[str]
+    folder: Path, champion: Snapshot | None, parents: dict[str, Made], lines: list[Line], fates: Counter[str]
 ) -> None:
     """What changed, for people (`report.md`) and machines (`comparison.json`)."""
     slug = parents["dictionary"].manifest.slug
     said = {"dictionary": slug, "lines": [line._asdict() for line in lines], "fates": dict(fates)}
-    text = [f"# Retraining of {slug}", "", _verdict(served_now, lines), ""]
+    text = [f"# Retraining of {slug}", "", _verdict(champion, lines), ""]
     if lines:
         text += ["| measure | served | challenger | bound | |", "| --- | --- | --- | --- | --- |"]
         text += [
             f"| {name} | {champion:.4g} | {challenger:.4g} | {bound:.4g} | {'passed' if passed else 'FAILED'} |"
             for name, champion, challenger, bound, passed in lines
         ]
-    text += ["", "## Corpus", "", *_corpus_changes(served_now, parents)]
+    text += ["", "## Corpus", "", *_corpus_changes(champion, parents)]
     if fates:
         text += ["", "## Features", "", *(f"- {fate}: {n:,}" for fate, n in sorted(fates.items()))]
     for name, content in ((REPORT, "\n".join(text) + "\n"), (COMPARISON, json.dumps(said, indent=1))):
@@ -183,16 +184,16 @@ def _write_report(
             path.write_text(content, "utf-8")
 
 
-def _verdict(champion: ArtifactStore, lines: list[Line]) -> str:
+def _verdict(champion: Snapshot | None, lines: list[Line]) -> str:
     if not all(line.passed for line in lines):
         return "**Refused**: what is served stays."
-    return "**Promoted.**" if isinstance(champion, Snapshot) else "**First generation.**"
+    return "**Promoted.**" if champion else "**First generation.**"
 
 
-def _corpus_changes(champion: ArtifactStore, parents: dict[str, Made]) -> list[str]:
+def _corpus_changes(champion: Snapshot | None, parents: dict[str, Made]) -> list[str]:
     """Counts of the corpus, before and now."""
     now = parents["corpus"].manifest
-    before = champion.manifest("corpus", now.slug) if isinstance(champion, Snapshot) else None
+    before = champion.manifest("corpus", now.slug) if champion else None
     keys = ("documents", "tokens", "tokens_held_out")
     if before is None:
         return [f"- {key}: {now.summary[key]:,}" for key in keys]

@@ -209,7 +209,7 @@ class DictionarySettings(Settings):
         own, foreign = _sparsity_keys(architecture := values.get("architecture", "batch_top_k"))
         if values.get(foreign) is not None:
             raise ValueError(f"{foreign} = {values[foreign]} is no setting of {architecture}: give {own} in its place")
-        defaults = {own: 32 if own == "k" else PENALIZED[architecture]}
+        defaults: dict[str, Any] = {own: 32 if own == "k" else PENALIZED[architecture]}
         if architecture == "transcoder":
             defaults["writes"] = "mlp_out"
         elif named := next((key for key in ("writes", "writes_layer") if values.get(key) is not None), None):

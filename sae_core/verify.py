@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from sae_core.artifacts import ArtifactError, ArtifactStore, Manifest
 from sae_core.progress import Report, silent
-from sae_core.stages import VERSIONS
+from sae_core.stages import ON_DEMAND, VERSIONS
 
 
 class Verdict(NamedTuple):
@@ -34,15 +34,18 @@ def verify(
     Yields:
         A verdict on each.
     """
-    wanted = keys or [f"{stage}/{slug}" for stage in VERSIONS for slug in store.slugs(stage)]
+    wanted = keys or [f"{stage}/{slug}" for stage in VERSIONS | ON_DEMAND for slug in store.slugs(stage)]
     manifests = []
     for key in wanted:
         stage, _, slug = key.partition("/")
         try:
             manifests.append((key, store.manifest(stage, slug)))
         except ArtifactError as error:
+            if repair:
+                store.forget(stage, slug)
             yield Verdict(key, 0, 0.0, {"manifest.json": str(error)})
     found = [(key, manifest) for key, manifest in manifests if manifest]
+    found += _kept(store, found, wanted)
     total, done = sum(_bytes(manifest) for _, manifest in found), 0
     for key, manifest in found:
         damage = store.damage(manifest, full=True)
@@ -53,6 +56,16 @@ def verify(
         done += _bytes(manifest)
         report(done, total, "bytes")
         yield Verdict(key, len(manifest.files), _bytes(manifest) / 1e9, damage)
+
+
+def _kept(
+    store: ArtifactStore, newest: Sequence[tuple[str, Manifest]], keys: Sequence[str]
+) -> list[tuple[str, Manifest]]:
+    """What generations keep of the wanted artifacts beside the newest of each; of activations nothing is kept."""
+    known = {(key, manifest.folder) for key, manifest in newest}
+    parts = [Manifest(**said) for of in store.generations().values() for said in of.values()]
+    kept = {(m.key, m.folder): m for m in parts if m.stage != "activations" and m.key in keys}
+    return [(f"{key} ({folder})", m) for (key, folder), m in kept.items() if (key, folder) not in known]
 
 
 def _bytes(manifest: Manifest) -> int:

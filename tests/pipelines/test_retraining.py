@@ -1,17 +1,13 @@
 """A study made again and again, as its text changes: what is kept, what is refused, what a reader sees."""
 
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
-import dagster as dg
 import pyarrow.parquet as pq
 import pytest
 
 from assets.partitions import STUDIES
-from assets.resources import Workshop
-from pipelines.run import bring_up_to_date, plan
-from sae_core.artifacts import ATLAS, ArtifactError, ArtifactStore
+from pipelines.run import plan
+from sae_core.artifacts import ATLAS, ArtifactError
 from sae_core.atlas import Atlas
 from sae_core.generations import generations, outdated, roll_back, served
 from sae_core.lineage import LINEAGE
@@ -19,40 +15,13 @@ from sae_core.lineage import LINEAGE
 SLUG = STUDIES.get("tiny").spec(STUDIES.get("tiny").dictionaries[0]).slug
 
 
-class Workplace:
-    """A store of its own, and a corpus that may change."""
-
-    def __init__(self, root: Path, text: Path, instance: dg.DagsterInstance) -> None:
-        self.text, self.instance = text, instance
-        self.workshop = Workshop(root=str(root), device="cpu")
-        self.store = ArtifactStore(root)
-
-    def refresh(self) -> dict[str, str]:
-        """Bring the tiny study up to date: what each stage was."""
-        steps = bring_up_to_date(STUDIES.get("tiny"), self.workshop, self.instance, log_level="CRITICAL")
-        return {recipe.stage: status.state for recipe, status in steps}
-
-    def write(self, name: str, text: str) -> None:
-        (self.text / name).write_text(text, "utf-8")
-
-
-@pytest.fixture(scope="module")
-def place(tiny_study: Path, text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
-    kept = tmp_path_factory.mktemp("kept") / "text"
-    shutil.copytree(text_folder, kept)
-    with dg.DagsterInstance.ephemeral() as instance:
-        yield Workplace(tmp_path_factory.mktemp("store"), text_folder, instance)
-    shutil.rmtree(text_folder)
-    shutil.copytree(kept, text_folder)
-
-
-def test_a_first_atlas_is_served_and_a_second_run_makes_nothing(place: Workplace) -> None:
+def test_a_first_atlas_is_served_and_a_second_run_makes_nothing(place: Any) -> None:
     assert place.refresh()[ATLAS] == "missing"
     assert [g.number for g in generations(place.store, SLUG)] == [1]
     assert set(place.refresh().values()) == {"made"}
 
 
-def test_new_text_makes_a_new_generation_whose_features_keep_their_numbers(place: Workplace) -> None:
+def test_new_text_makes_a_new_generation_whose_features_keep_their_numbers(place: Any) -> None:
     place.write("60.txt", "Number 60. The bridge fell into the river, and nobody in the city slept.\n" * 3)
     assert place.refresh()[ATLAS] == "stale"
     assert [g.number for g in generations(place.store, SLUG)] == [1, 2]
@@ -63,11 +32,9 @@ def test_new_text_makes_a_new_generation_whose_features_keep_their_numbers(place
     assert {row["generation"] for row in lineage} == {2}
 
 
-def test_a_corpus_gone_bad_is_refused_once_and_readers_see_the_old_atlas_whole(place: Workplace) -> None:
+def test_a_corpus_gone_bad_is_refused_once_and_readers_see_the_old_atlas_whole(place: Any) -> None:
     before = Atlas(place.store, SLUG).feature(0)
-    good = {path.name: path.read_text("utf-8") for path in place.text.iterdir()}
-    for i, path in enumerate(sorted(place.text.iterdir())):
-        path.write_text(f"{i} " + "".join(chr(33 + (i * 31 + n * n * 7) % 90) for n in range(300)), "utf-8")
+    good = place.spoil()
     with pytest.raises(Exception, match="is not promoted, what is served stays"):
         place.refresh()
     status = {recipe.stage: status for recipe, status in plan(STUDIES.get("tiny"), place.store)}
@@ -78,10 +45,14 @@ def test_a_corpus_gone_bad_is_refused_once_and_readers_see_the_old_atlas_whole(p
     assert served(place.store, SLUG).get("features", SLUG) != place.store.get("features", SLUG)
     for name, text in good.items():
         place.write(name, text)
+    folder = served(place.store, SLUG).get("dictionary", SLUG).folder
+    written = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert place.refresh()[ATLAS] == "made"  # what is wanted again is what is served
+    assert place.store.get("dictionary", SLUG).folder == folder
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == written  # and was not made again
 
 
-def test_rolling_back_serves_the_generation_before_and_the_newer_one_is_not_promoted_again(place: Workplace) -> None:
+def test_rolling_back_serves_the_generation_before_and_the_newer_one_is_not_promoted_again(place: Any) -> None:
     assert roll_back(place.store, SLUG).number == 1
     assert served(place.store, SLUG).get("features", SLUG).folder.is_dir()
     assert place.refresh()[ATLAS] == "refused"
@@ -89,12 +60,8 @@ def test_rolling_back_serves_the_generation_before_and_the_newer_one_is_not_prom
         roll_back(place.store, SLUG)
 
 
-def test_what_is_served_or_read_is_never_collected(place: Workplace) -> None:
+def test_what_is_served_is_never_collected(place: Any) -> None:
     reader = Atlas(place.store, SLUG)
     gone = outdated(place.store, keep=1)
     assert reader.store.get("features", SLUG).folder not in gone
     assert place.store.get("dictionary", SLUG).folder not in gone
-    for folder in gone:
-        shutil.rmtree(folder)
-    assert reader.feature(0).row.feature == 0
-    assert not outdated(place.store, keep=1)

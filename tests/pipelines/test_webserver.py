@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,15 @@ query($id: ID!) { runOrError(runId: $id) { ... on Run {
     ... on ExecutionStepFailureEvent { error { message } failureMetadata { description } }
   } }
 } } }"""
+SCHEDULED = """
+{ runsOrError(filter: {tags: [{key: "dagster/schedule_name", value: "retrain_tiny"}]}) {
+  ... on Runs { results { runId status jobName } }
+} }"""
+START = """
+mutation($selector: ScheduleSelector!) { startSchedule(scheduleSelector: $selector) { __typename
+  ... on ScheduleStateResult { scheduleState { status } }
+  ... on PythonError { message }
+} }"""
 NODES = """
 { assetNodes { assetKey { path } groupName description jobNames partitionKeys
   configField { configType { ... on CompositeConfigType { fields { name description } } } } } }"""
@@ -77,12 +87,12 @@ class Server:
         raise AssertionError(f"the run has not ended: {run['status']}")
 
 
-@pytest.fixture(scope="module")
-def server(tiny_study: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    home = tmp_path_factory.mktemp("dagster")
+@contextmanager
+def running(home: Path, study: Path) -> Iterator[Server]:
+    """`dagster dev`, web server and daemon, in a home that knows one study."""
     shutil.copy(PROJECT / "dagster.yaml", home)
     (home / "studies").mkdir()
-    (home / "studies" / "tiny.toml").symlink_to(tiny_study)
+    (home / "studies" / "tiny.toml").symlink_to(study)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -109,6 +119,12 @@ def server(tiny_study: Path, tiny_model: Path, tmp_path_factory: pytest.TempPath
             process.wait(60)
         except subprocess.TimeoutExpired:  # a busy machine: the test is over, so is its patience
             os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def server(tiny_study: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running(tmp_path_factory.mktemp("dagster"), tiny_study) as server:
+        yield server
 
 
 def checks(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -150,3 +166,39 @@ def test_a_failed_check_and_a_failed_run_read_clearly(server: Server):
     failed = server.materialize("activations", STUDIES.get("tiny").site.slug, sink_norm=0.5)
     assert failed["status"] == "FAILURE"
     assert "activations: sink_norm = 0.5: Input should be greater than 1" in json.dumps(failed["assetCheckEvaluations"])
+
+
+@pytest.mark.daemon
+def test_a_schedule_that_is_turned_on_runs_in_the_real_daemon(
+    request: pytest.FixtureRequest, tiny_study: Path, tiny_atlas: Path, tmp_path: Path
+):
+    if "daemon" not in request.config.option.markexpr:
+        pytest.skip("waits for the clock, and photographs docs/schedule.png: run it with -m daemon")
+    from playwright.sync_api import sync_playwright
+
+    study = tiny_study.parent.parent / "each-minute" / "tiny.toml"  # beside, as its paths are seen from its folder
+    study.parent.mkdir()
+    study.write_text(f'{tiny_study.read_text("utf-8")}\n[retraining]\nschedule = "* * * * *"\n', "utf-8")
+    home = tmp_path / "home"
+    shutil.copytree(tiny_atlas, home)
+    selector = {
+        "repositoryLocationName": "pipelines.definitions", "repositoryName": "__repository__",
+        "scheduleName": "retrain_tiny",
+    }  # fmt: skip
+    with running(home, study) as server:
+        started = server.ask(START, selector=selector)["startSchedule"]
+        assert started["scheduleState"]["status"] == "RUNNING", started
+        for _ in range(300):
+            runs = server.ask(SCHEDULED)["runsOrError"]["results"]
+            if any(run["status"] == "SUCCESS" for run in runs):
+                break
+            time.sleep(1)
+        assert {run["jobName"] for run in runs} == {"build_atlas"}
+        assert any(run["status"] == "SUCCESS" for run in runs), runs
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+            page = browser.new_page(viewport={"width": 1400, "height": 600})
+            page.goto(f"{server.url}/runs")
+            page.get_by_text("retrain_tiny").first.wait_for(timeout=60_000)
+            page.screenshot(path=PROJECT / "docs" / "schedule.png")
+            browser.close()
