@@ -19,7 +19,7 @@ from sae_core.study import CorpusSettings, DictionarySettings, LabelSettings, Mo
 
 VERSIONS = {
     "corpus": 1, "activations": 1, "dictionary": 2, "features": 2, "neighbors": 1, "feature_map": 1, "steering": 1,
-    "labels": 3, "atlas": 1, "steering_report": 1,
+    "labels": 3, "atlas": 1, "steering_report": 2,
 }  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def _dictionary_recipes(
     yield from parts
     yield _recipe("atlas", slug, {}, corpus, activations, trained, features, *parts)
     report = _settings(study.steering_report)
-    yield _recipe("steering_report", slug, report, activations, trained, features, steering)
+    yield _recipe("steering_report", slug, report, corpus, activations, trained, features, steering)
 
 
 def _recipe(stage: str, slug: str, settings: dict[str, Any], *parents: Recipe) -> Recipe:
