@@ -113,11 +113,9 @@ def build_steering_report(
         LanguageModel.load(model, device, precision="float32"), site, dictionary, features, sink_norm
     )
     rates = subject.word_rates(Corpus.open(corpus).train.token_ids)
-    chosen = choose_features(subject, scores, settings, rates)
-    rows = measure(subject, chosen, settings, report) if chosen else []
-    pulled = levers(
-        subject, [item.feature for item in chosen], corpus, packing, settings.lever_tokens, settings.seed, report
-    )
+    rows = measure(subject, scores, rates, settings, report)
+    chosen = list(dict.fromkeys(row.feature for row in rows))
+    pulled = levers(subject, chosen, corpus, packing, settings.lever_tokens, settings.seed, report)
     with write_atomically(folder / REPORT) as path:
         pq.write_table(pa.Table.from_pylist([row._asdict() for row in rows], _SCHEMA), path)
     with write_atomically(folder / MARKDOWN) as path:
@@ -156,12 +154,17 @@ class _Chosen(NamedTuple):
 
 
 def choose_features(
-    subject: Subject, scores: Path, settings: SteeringReportSettings, rates: Mapping[str, float]
+    subject: Subject,
+    scores: Path,
+    settings: SteeringReportSettings,
+    rates: Mapping[str, float],
+    base_texts: Sequence[Text],
 ) -> list[_Chosen]:
     """The features of the highest output scores that have words of their own for the judge to look for.
 
-    Words that are said anyway cannot be said ten times as often: `rates` are those of the words in the corpus, and only
-    rare ones count (see `Subject.concept`).
+    Words that are said anyway cannot be said ten times as often. Only words count that are rare by `rates`, those of
+    the corpus (see `Subject.concept`), and only features whose words together are rare in `base_texts`, those of the
+    model as it is on the prompts that choose.
     """
     table = pq.read_table(scores / SCORES, columns=["feature", "output_score"]).to_pylist()
     scored = sorted((r for r in table if r["output_score"] is not None), key=lambda r: -r["output_score"])
@@ -170,20 +173,25 @@ def choose_features(
         if len(found) == settings.features:
             break
         concept = subject.concept(subject.features.feature(row["feature"]), rates, settings.word_rate_max)
-        if len(concept) >= settings.words_min:
+        said = np.mean([concept_rate(subject, text, set(concept)) for text in base_texts])
+        if len(concept) >= settings.words_min and said <= settings.base_rate_max:
             found.append(_Chosen(row["feature"], row["output_score"], concept))
     return found
 
 
 def measure(
-    subject: Subject, chosen: Sequence[_Chosen], settings: SteeringReportSettings, report: Report = silent
+    subject: Subject, scores: Path, rates: Mapping[str, float], settings: SteeringReportSettings, report: Report
 ) -> list[Row]:
-    """Both halves: every strength of every feature, then the chosen one and its controls."""
+    """Both halves: every strength of every feature that is chosen, then the chosen strength and its controls."""
     first = _Half(subject, "choose", CHOOSING, settings, report)
+    base_texts = first.write_base()
+    chosen = choose_features(subject, scores, settings, rates, base_texts)
+    if not chosen:
+        return []
     strengths = sorted(settings.strengths)
-    first.write([Condition(), *(Condition(Steer(c.feature, s)) for c in chosen for s in strengths)])
+    first.write([Condition(Steer(c.feature, s)) for c in chosen for s in strengths])
     second = _Half(subject, "report", REPORTING, settings, report)
-    base_texts = list(first.of(0))
+    second_base = second.write_base()
     rows, best = [], []
     for place, item in enumerate(chosen):
         tried = [
@@ -193,13 +201,8 @@ def measure(
         fluent = [row for row in tried if row.perplexity_ratio <= settings.perplexity_ratio_max] or tried[:1]
         best.append(max(fluent, key=lambda row: row.concept_rate))
         rows += [row._replace(chosen=row is best[-1]) for row in tried]
-    second.write(
-        [
-            Condition(),
-            *(c for item, row in zip(chosen, best, strict=True) for c in _against(subject, item, row, settings)),
-        ]
-    )
-    base_texts += second.of(0)
+    second.write([c for item, row in zip(chosen, best, strict=True) for c in _against(subject, item, row, settings)])
+    base_texts = base_texts + second_base
     kinds = ("steered", "random_direction", "random_feature", "prompt_only")
     for place, (item, row) in enumerate(zip(chosen, best, strict=True)):
         rows.append(second.row(0, item, "base", None, base_texts))
@@ -240,21 +243,26 @@ class _Half:
             report,
         )
 
+    def write_base(self) -> list[Text]:
+        """What the model says as it is: more texts than of other conditions, as all of them are held against these."""
+        self._texts = self._written([Condition()], self._settings.seeds + self._settings.base_seeds)
+        return list(self._texts)
+
     def write(self, conditions: Sequence[Condition]) -> None:
-        """Write and measure the texts of the conditions, of which the first is the model as it is."""
-        s = self._settings
-        self._texts = write_texts(
-            self._subject, self._prompts, conditions, s.seeds, s.max_tokens, s.temperature, s.seed, self._report
-        )
-        more = write_texts(  # what the model says anyway is the measure of all conditions
-            self._subject, self._prompts, conditions[:1], s.base_seeds, s.max_tokens, s.temperature, s.seed + s.seeds
-        )
-        self._texts += [text._replace(seed=text.seed + s.seeds) for text in more]
+        """Write the texts of further conditions, numbered from 1, and measure all."""
+        texts = self._written(conditions, self._settings.seeds)
+        self._texts += [text._replace(condition=text.condition + 1) for text in texts]
         self._measures = measure_texts(self._subject, self._texts)
         if self._name == "report":
-            self._kl = first_token_kl(self._subject, self._prompts, conditions).tolist()
+            self._kl = first_token_kl(self._subject, self._prompts, [Condition(), *conditions]).tolist()
         else:
-            self._kl = [math.nan] * len(conditions)
+            self._kl = [math.nan] * (1 + len(conditions))
+
+    def _written(self, conditions: Sequence[Condition], seeds: int) -> list[Text]:
+        s = self._settings
+        return write_texts(
+            self._subject, self._prompts, conditions, seeds, s.max_tokens, s.temperature, s.seed, self._report
+        )
 
     def of(self, condition: int) -> list[Text]:
         """Texts of a condition."""
@@ -328,15 +336,15 @@ def markdown(rows: Sequence[Row], pulled: Sequence[Lever], perplexity_ratio_max:
     lines = [
         "# Steering, measured",
         "",
-        f"{len(names)} features, those of the highest output scores among those with words that are rare in the corpus; "
-        f"{min(row.n_texts for row in reported)} texts for each condition, {max(row.n_texts for row in reported)} of the "
-        "model as it is. "
+        f"{len(names)} features, those of the highest output scores among those with words that are rare in the corpus "
+        f"and in what the model says anyway; {min(row.n_texts for row in reported)} texts for each condition, "
+        f"{max(row.n_texts for row in reported)} of the model as it is. "
         f"Of these, {len(success)} raise their concept at least tenfold at a perplexity ratio of at most "
         f"{perplexity_ratio_max:g}.",
         "",
         "Half the prompts chose the strength; these numbers are of the other half. *Concept rate* is the share of "
-        "tokens that are words of the feature's own (promoted, or often fired on; rare in the corpus), with a 95% bootstrap interval; "
-        "*ratio* is over the model as it is; *perplexity* is a ratio, too.",
+        "tokens that are words of the feature's own (promoted, or often fired on; rare in the corpus), with a 95% "
+        "bootstrap interval; *ratio* is over the model as it is; *perplexity* is a ratio, too.",
         "",
         "| feature | words | condition | strength | concept rate | ratio | texts with it | perplexity | repetition "
         "| KL, first token |",

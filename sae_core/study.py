@@ -303,7 +303,9 @@ class SteeringReportSettings(Settings):
     words_min: int = Field(3, ge=1)
     """A feature is measured when so many whole words that it promotes or often fires on are rare:"""
     word_rate_max: Share = 1e-4
-    """those that are at most this share of the corpus's tokens. What is said anyway cannot be said ten times as often."""
+    """those of at most this share of the corpus's tokens. What is said anyway cannot be said ten times as often."""
+    base_rate_max: Share = 0.004
+    """And all of them together make up no more than this share of what the model says anyway."""
     seeds: int = Field(1, ge=1)
     """Texts of each prompt, feature and strength."""
     base_seeds: int = Field(8, ge=0)
