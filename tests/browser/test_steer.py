@@ -120,7 +120,7 @@ def test_a_feature_that_cannot_be_steered_says_so(page: Page):
                 "suggested_strength": None,
                 "output_score": None,
                 "role": "",
-            }  # fmt: skip
+            }
         ),
     )
     page.goto("/steer?feature=9")
