@@ -31,6 +31,7 @@ router = APIRouter()
 MAX_TOKENS = 512
 _FEATURES = 16  # steered at once
 _SUGGESTED = 6  # presets from the atlas
+_WORDS = 3  # that stand for a feature without a label
 _DEFAULT = 2.0  # strength where none was looked for
 FORMULAS: dict[Method, str] = {
     "clamp": "x\u2032 = x + (s\u00b7m \u2212 f) d",
@@ -135,9 +136,18 @@ def suggested(atlas: Atlas) -> dict[str, tuple[Steer, ...]]:
 
 def instruction(atlas: Atlas, steers: list[Steer]) -> str:
     """Words that ask for what is turned up; empty when nothing is."""
-    up = [s for s in steers if s.strength > (1 if s.method == "scale" else 0)]
-    names = [name for s in up if (name := atlas.name(s.feature))]
-    return f"In your answer, bring in: {'; '.join(names)}." if names else ""
+    up = [s.feature for s in steers if s.strength > (1 if s.method == "scale" else 0)]
+    wanted = [words for feature in up if (words := _in_words(atlas, feature))]
+    return f"In your answer, bring in: {'; '.join(wanted)}." if wanted else ""
+
+
+def _in_words(atlas: Atlas, feature: int) -> str:
+    """The written label; where there is none, words that the feature fires on."""
+    card = atlas.feature(feature, neighbors=0)
+    if written := (card.label or {}).get("label"):
+        return str(written)
+    words = [token.strip() for token in card.row.top_tokens if sum(map(str.isalnum, token)) >= 2]
+    return f"words such as {', '.join(words[:_WORDS])}" if words else ""
 
 
 def _answers(live: Live, atlas: Atlas, asked: SteerQuestion) -> Iterator[dict[str, Any]]:

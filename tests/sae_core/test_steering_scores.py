@@ -230,7 +230,7 @@ def test_the_first_tokens_divergence_is_nothing_without_steering(subject: Subjec
 
 
 def test_the_report_holds_every_feature_with_every_control(
-    scores: dict[str, Any], model: ModelSettings, folders: dict[str, Path], corpus: Path
+    scores: dict[str, Any], subject: Subject, model: ModelSettings, folders: dict[str, Path], corpus: Path
 ) -> None:
     settings = SteeringReportSettings(
         features=3, words_min=1, word_rate_max=1, base_rate_max=1, base_seeds=2, max_tokens=6, strengths=(1.0, 4.0)
@@ -240,7 +240,9 @@ def test_the_report_holds_every_feature_with_every_control(
     rows = read_report(folders["report"])
     table = pq.read_table(folders["steering"] / "scores.parquet").to_pylist()
     best = sorted((row for row in table if row["output_score"] is not None), key=lambda row: -row["output_score"])
-    chosen = [row["feature"] for row in best[:3]]
+    rates = subject.word_rates(Corpus.open(corpus).train.token_ids)
+    with_words = [row["feature"] for row in best if subject.concept(subject.features.feature(row["feature"]), rates, 1)]
+    chosen = with_words[:3]
     assert {row.feature for row in rows} == set(chosen)
     for feature in chosen:
         own = [row for row in rows if row.feature == feature]
