@@ -283,6 +283,7 @@ async def _respond(request: Request, models: SteeredModels, asked: _Chat | _Comp
         if asked.stream:
             return EventStream(_events(tokens, answer), tokens)
         while (token := await next_item(request, tokens)) is not None:
+            assert not isinstance(token, _Read), "after its prompt, a stream is tokens"
             answer.add(token)
         return JSONResponse(answer.whole())
     except BaseException:
