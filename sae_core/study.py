@@ -280,7 +280,7 @@ class SteeringSettings(Settings):
     SmolLM2-135M costs about 30 ms."""
     suggested: int = Field(16, ge=0)
     """Features, by output score, for which a strength is looked for."""
-    strengths: list[float] = Field([0.5, 1, 1.5, 2, 3, 4], min_length=1)
+    strengths: list[float] = Field([0.5, 1.0, 1.5, 2.0, 3.0, 4.0], min_length=1)
     """Strengths that are tried, in maxima of the feature."""
     max_tokens: int = Field(24, ge=4)
     """Tokens of each text."""
@@ -314,7 +314,7 @@ class SteeringReportSettings(Settings):
     """Tokens of each text."""
     temperature: float = Field(0.7, ge=0)
     """Of the texts."""
-    strengths: list[float] = Field([0.5, 0.75, 1, 1.5, 2, 3, 4], min_length=1)
+    strengths: list[float] = Field([0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0], min_length=1)
     """Strengths among which half the prompts choose."""
     perplexity_ratio_max: float = Field(2.0, ge=1)
     """The strength of the highest concept rate is chosen among those that stay below this."""

@@ -241,7 +241,9 @@ def test_the_report_holds_every_feature_with_every_control(
     table = pq.read_table(folders["steering"] / "scores.parquet").to_pylist()
     best = sorted((row for row in table if row["output_score"] is not None), key=lambda row: -row["output_score"])
     rates = subject.word_rates(Corpus.open(corpus).train.token_ids)
-    with_words = [row["feature"] for row in best if subject.concept(subject.features.feature(row["feature"]), rates, 1)]
+    with_words = [
+        row["feature"] for row in best if subject.concept(subject.features.feature(row["feature"]), rates, 1.0)
+    ]
     chosen = with_words[:3]
     assert {row.feature for row in rows} == set(chosen)
     for feature in chosen:
