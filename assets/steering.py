@@ -6,9 +6,10 @@ import dagster as dg
 
 from assets.activations import activations
 from assets.checks import specs
+from assets.corpus import corpus
 from assets.dictionary import dictionary
 from assets.features import features
-from assets.partitions import dictionaries, site_of_dictionary
+from assets.partitions import corpus_of_dictionary, dictionaries, site_of_dictionary
 from assets.resources import Workshop, launchpad
 from sae_core.artifacts import Made
 from sae_core.stages import ON_DEMAND, VERSIONS
@@ -48,7 +49,7 @@ def steering(context: dg.AssetExecutionContext, config: SteeringRun, workshop: W
 
 @dg.asset(
     partitions_def=dictionaries,
-    deps=[*_READ, steering],
+    deps=[*_READ, dg.AssetDep(corpus, partition_mapping=corpus_of_dictionary), steering],
     group_name="reports",
     kinds={"pytorch", "parquet", "markdown"},
     code_version=str(ON_DEMAND["steering_report"]),
@@ -66,7 +67,8 @@ def steering_report(
         lambda order, draft, report: build_steering_report(
             order.study.steering_report, order.study.model, order.study.site,
             sink_norm(draft.parents["activations"]), draft.parents["dictionary"].folder,
-            draft.parents["features"].folder, draft.parents["steering"].folder, draft.folder,
+            draft.parents["features"].folder, draft.parents["steering"].folder, draft.parents["corpus"].folder,
+            order.study.activations.packing, draft.folder,
             workshop.torch_device(), report,
         ),
         _report,

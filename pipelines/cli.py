@@ -546,12 +546,18 @@ def gc(keep: int, dry_run: bool) -> None:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=7860, show_default=True, type=click.IntRange(0, 65535))
 @click.option("--expose", is_flag=True, help="Let other machines in, each with the token MIND_ATLAS_TOKEN.")
+@click.option(
+    "--steered",
+    multiple=True,
+    metavar="NAME=FEATURE:STRENGTH",
+    help="A steered model for clients of OpenAI's API, besides those of steered.toml; may be given several times.",
+)
 @chosen
-def serve(host: str, port: int, expose: bool, study: str, dictionary: str) -> None:
-    """The atlas in the browser: feature pages, search, own texts, and a JSON API."""
+def serve(host: str, port: int, expose: bool, steered: tuple[str, ...], study: str, dictionary: str) -> None:
+    """The atlas in the browser: feature pages, search, own texts, steering; a JSON API and one like OpenAI's."""
     from pipelines.serving import serve
 
-    serve(_atlas(study, dictionary).dictionary if study or dictionary else "", host, port, expose)
+    serve(_atlas(study, dictionary).dictionary if study or dictionary else "", host, port, expose, steered)
 
 
 @cli.command()

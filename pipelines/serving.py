@@ -4,6 +4,7 @@ import ipaddress
 import os
 import secrets
 import socket
+from collections.abc import Sequence
 
 import uvicorn
 
@@ -13,6 +14,8 @@ from sae_core.atlas import Atlas
 from sae_core.errors import MindAtlasError
 from sae_core.serve import create_app
 from sae_core.serve.door import LOOPBACK
+from sae_core.serve.openai_api import load_presets
+from sae_core.steers import Steer, SteeringError, check_steers, parse_steers
 from sae_core.studies import Studies, study_folders
 
 _TOKEN = 16  # characters at least
@@ -23,20 +26,22 @@ class ServeError(MindAtlasError):
     """A server that cannot be started as asked."""
 
 
-def serve(dictionary: str, host: str, port: int, expose: bool) -> None:
+def serve(dictionary: str, host: str, port: int, expose: bool, steered: Sequence[str] = ()) -> None:
     """Serve the atlas until the process is stopped.
 
     Raises:
         ServeError: the address is other machines' too and `expose` is not set, or it cannot be listened on; or the
             token is too short.
+        SteeringError: a steered model is not written as one, or names a feature that cannot be steered.
         ArtifactError: nothing is made yet.
     """
     store = ArtifactStore(home())
-    Atlas.open(store, dictionary)  # is there one?
+    presets = _presets(steered, Atlas.open(store, dictionary))
     token = _token(host, expose)
     application = create_app(
-        store, dictionary, Studies.load(*study_folders()), hosts=() if token else (*LOOPBACK, host), token=token
-    )
+        store, dictionary, Studies.load(*study_folders()),
+        hosts=() if token else (*LOOPBACK, host), token=token, presets=presets,
+    )  # fmt: skip
     listener = _listen(host, port)
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
     err.print(f"{address}{f'?token={token}' if token else ''}", markup=False)
@@ -47,6 +52,23 @@ def serve(dictionary: str, host: str, port: int, expose: bool) -> None:
         )  # fmt: skip
     config = uvicorn.Config(application, log_level="warning", access_log=False, h11_max_incomplete_event_size=_HEAD)
     uvicorn.Server(config).run(sockets=[listener])
+
+
+def _presets(steered: Sequence[str], atlas: Atlas) -> dict[str, tuple[Steer, ...]]:
+    """The steered models of `steered.toml`, and those given as `name=1234:10,99:-2`."""
+    presets = load_presets(home())
+    for text in steered:
+        name, equals, steers = text.partition("=")
+        if not name.strip() or not equals:
+            raise SteeringError(f"{text!r}: write NAME=FEATURE:STRENGTH, as in golden-gate=1234:10")
+        presets[name.strip()] = parse_steers(steers)
+    maxima = atlas.features.table()["max_act"].to_numpy()
+    for name, found in presets.items():
+        try:
+            check_steers(found, maxima)
+        except SteeringError as error:
+            raise SteeringError(f"the steered model {name}: {error}") from None
+    return presets
 
 
 def _token(host: str, expose: bool) -> str:

@@ -24,7 +24,7 @@ VERSIONS = {
     "labels": 4, "atlas": 1,
 }  # fmt: skip
 
-ON_DEMAND = {"steering_report": 1, "safety": 1, "multilingual": 1}
+ON_DEMAND = {"steering_report": 2, "safety": 1, "multilingual": 1}
 """Versions of the stages that are no part of an atlas, and made when somebody asks for them."""
 
 
@@ -71,7 +71,7 @@ def _dictionary_recipes(
     yield _recipe("atlas", slug, {}, corpus, activations, *written, trained, features, *parts)
     if on_demand:
         report = _settings(study.steering_report)
-        yield _recipe("steering_report", slug, report, activations, trained, features, steering)
+        yield _recipe("steering_report", slug, report, corpus, activations, trained, features, steering)
         parents = (corpus, activations, trained, features)
         yield _recipe("safety", slug, _safety_settings(study), *parents)
         yield _recipe("multilingual", slug, _settings(study.multilingual), *parents)

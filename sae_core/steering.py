@@ -6,7 +6,6 @@ Exact and cheap: one encoder row and one decoder row a feature; what the diction
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,40 +13,14 @@ from torch import Tensor
 
 from sae_core.atlas import Atlas
 from sae_core.dictionary import Dictionary
-from sae_core.errors import MindAtlasError
 from sae_core.language_model import LanguageModel
 from sae_core.names import Site
+from sae_core.steers import Method, Scope, Steer, SteeringError, cautions, check_steers
 
-Method = Literal["clamp", "add", "scale", "min_clamp"]
-Scope = Literal["all", "generated", "last_turn", "no_special"]
-"""Positions that are steered: all; those of generated tokens only, so that the first is drawn as always; all from what
-the last user turn says; all but those of the tokenizer's special tokens. Attention sinks never are."""
+__all__ = ["Method", "Scope", "Steer", "Steering", "SteeringError", "cautions", "max_acts"]
 
-ABSURD = 20.0
-"""Above this many maxima, texts of any model seen so far repeat one token (Templeton et al. 2024 went to 10, and to 20
-for one feature)."""
 _ROUNDING = 1e-6
 """Smaller changes, as a share of the feature's activation, are what float32 sums in another order differ by."""
-
-
-class SteeringError(MindAtlasError):
-    """A feature or a strength that one cannot steer with."""
-
-
-class Steer(NamedTuple):
-    """What is done to a feature whose activation is f and whose maximum over the corpus is m.
-
-    | method      | f becomes           | strength                                |
-    | ----------- | ------------------- | --------------------------------------- |
-    | `clamp`     | strength * m        | 0 takes it away, less than 0 opposes it |
-    | `add`       | f + strength * m    | 0 leaves it                             |
-    | `scale`     | strength * f        | 0 takes it away, 1 leaves it, 2 doubles |
-    | `min_clamp` | max(f, strength * m)| not negative                            |
-    """
-
-    feature: int
-    strength: float
-    method: Method = "clamp"
 
 
 class Steering:
@@ -99,7 +72,7 @@ class Steering:
                 not finite, or negative with `min_clamp`; a method or scope is none; a transcoder does not say what it
                 writes.
         """
-        _check(steers, max_acts, scope, repeats=rows is not None)
+        check_steers(steers, max_acts.cpu().numpy(), scope, repeats=rows is not None)
         self.site, self.steers, self.scope = site, tuple(steers), scope
         if dictionary.config["architecture"] == "transcoder" and dictionary.writes is None:
             raise SteeringError(
@@ -136,6 +109,13 @@ class Steering:
         """Inside the `with`, every forward pass is steered, at the positions `where` (default: all)."""
         return lm.edit_from(self._read, self._written, lambda read, x: self(x, where, read))
 
+    def acts(self, x: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "batch length steers"]:
+        """What the features have at x, before anything is done to them; nothing on attention sinks."""
+        plain = x.float()
+        acts = self._encode(plain)
+        acts[plain.norm(dim=-1) > self._sink_norm] = 0
+        return acts
+
     def __call__(
         self,
         x: Float[Tensor, "batch length d_model"],
@@ -165,18 +145,6 @@ def max_acts(atlas: Atlas) -> Float[Tensor, " d_sae"]:
     return torch.tensor(atlas.features.table()["max_act"].to_numpy())
 
 
-def cautions(atlas: Atlas, steers: Sequence[Steer]) -> list[str]:
-    """What a person should know of strengths that are allowed and will hardly do good."""
-    found = []
-    for feature, strength, method in steers:
-        suggested = atlas.suggested_strength(feature)
-        if abs(strength) > ABSURD:
-            found.append(f"feature {feature}: at {strength:g} times its maximum the text will be degenerate")
-        elif method == "clamp" and suggested is not None and strength > suggested:
-            found.append(f"feature {feature}: above its suggested strength of {suggested:g} the text may be degenerate")
-    return found
-
-
 class _Part:
     """Computes a few features alone, except where each fires only if it is among the largest of all."""
 
@@ -191,25 +159,3 @@ class _Part:
             return acts.view(*x.shape[:-1], -1)
         z = x @ self._W_enc + self._b_enc
         return z * (z > self._threshold)
-
-
-def _check(steers: Sequence[Steer], max_acts: Tensor, scope: Scope, *, repeats: bool) -> None:
-    if scope not in get_args(Scope):
-        raise SteeringError(f"scope {scope!r} is none: give one of {', '.join(get_args(Scope))}")
-    for feature, strength, method in steers:
-        if not 0 <= feature < len(max_acts):
-            raise SteeringError(f"feature {feature} does not exist: the dictionary has 0 to {len(max_acts) - 1}")
-        if method not in get_args(Method):
-            raise SteeringError(f"method {method!r} is none: give one of {', '.join(get_args(Method))}")
-        if not math.isfinite(strength):
-            raise SteeringError(f"feature {feature}: strength {strength} is no number: try 5, 10 or -2")
-        if not max_acts[feature] > 0:
-            raise SteeringError(
-                f"feature {feature} is dead: it never fires on the corpus, so it has no strength: choose another"
-            )
-        if method == "min_clamp" and strength < 0:
-            raise SteeringError(
-                f"feature {feature}: min_clamp at {strength:g} changes nothing: give 0 or more, or clamp"
-            )
-    if not repeats and len({steer.feature for steer in steers}) < len(steers):
-        raise SteeringError("a feature is steered twice: give each feature one strength")

@@ -4,12 +4,12 @@ Half the prompts choose each feature's strength, the other half report. The cont
 as it is, a random direction as far as the feature goes, another feature, and words that ask for the concept.
 
 The judge is lexical: the share of a text's tokens that are words of the feature's own, those that its direction
-promotes and those that it often fires on. It knows no synonyms, and no sense.
+promotes and those that it often fires on, when they are rare in the corpus. It knows no synonyms, and no sense.
 """
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,29 +22,31 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_core.artifacts import write_atomically
+from sae_core.corpus import Corpus
 from sae_core.generation import read_prompt
 from sae_core.language_model import LanguageModel
 from sae_core.names import Site
 from sae_core.progress import Report, silent
 from sae_core.steering import Steer
+from sae_core.steering_levers import Lever, levers
 from sae_core.steering_scores import SCORES
 from sae_core.steering_texts import (
     Condition,
     Measures,
     Subject,
     Text,
+    bootstrap,
     concept_rate,
     condition_steering,
     measure_texts,
     user_says,
     write_texts,
 )
-from sae_core.study import ModelSettings, SteeringReportSettings
+from sae_core.study import ModelSettings, Packing, SteeringReportSettings
 
-REPORT, MARKDOWN = "steering_report.parquet", "report.md"
+REPORT, LEVERS, MARKDOWN = "steering_report.parquet", "levers.parquet", "report.md"
 CHOOSING = ("Tell me about your day.", "Write a short story.", "What should I do this weekend?", "Describe a room.")
 REPORTING = ("Who are you?", "Give me some advice.", "What happened yesterday?", "Tell me something interesting.")
-_RESAMPLES = 2000
 _WORDS = 3
 """Words by which the prompt-only control names the concept."""
 
@@ -84,9 +86,10 @@ class Row(NamedTuple):
 
 def build_steering_report(
     settings: SteeringReportSettings, model: ModelSettings, site: Site, sink_norm: float, dictionary: Path,
-    features: Path, scores: Path, folder: Path, device: str = "cpu", report: Report = silent,
+    features: Path, scores: Path, corpus: Path, packing: Packing, folder: Path, device: str = "cpu",
+    report: Report = silent,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write `steering_report.parquet` (columns as in `Row`) and `report.md` into `folder`.
+    """Write `steering_report.parquet` (columns as in `Row`), `levers.parquet` and `report.md` into `folder`.
 
     Args:
         settings: how much is measured.
@@ -96,6 +99,8 @@ def build_steering_report(
         dictionary: folder of the finished dictionary.
         features: folder of its features.
         scores: folder of their output scores.
+        corpus: folder of the finished corpus: its words say which are rare, its held-out text is for the levers test.
+        packing: whether attention restarts at each document of it.
         folder: where to write.
         device: where to compute.
         report: progress, in texts.
@@ -107,18 +112,22 @@ def build_steering_report(
     subject = Subject.open(
         LanguageModel.load(model, device, precision="float32"), site, dictionary, features, sink_norm
     )
-    chosen = choose_features(subject, scores, settings.features)
-    rows = measure(subject, chosen, settings, report) if chosen else []
+    rates = subject.word_rates(Corpus.open(corpus).train.token_ids)
+    rows = measure(subject, scores, rates, settings, report)
+    chosen = list(dict.fromkeys(row.feature for row in rows))
+    pulled = levers(subject, chosen, corpus, packing, settings.lever_tokens, settings.seed, report)
     with write_atomically(folder / REPORT) as path:
         pq.write_table(pa.Table.from_pylist([row._asdict() for row in rows], _SCHEMA), path)
     with write_atomically(folder / MARKDOWN) as path:
-        path.write_text(markdown(rows, settings.perplexity_ratio_max), "utf-8")
+        path.write_text(markdown(rows, pulled, settings.perplexity_ratio_max), "utf-8")
+    with write_atomically(folder / LEVERS) as path:
+        pq.write_table(pa.Table.from_pylist([lever._asdict() for lever in pulled], _LEVERS_SCHEMA), path)
     reported = [row for row in rows if row.half == "report"]
     kinds = sorted({row.condition for row in reported})
-    rates = {
+    means = {
         f"rate_{kind}": float(np.mean([r.concept_rate for r in reported if r.condition == kind])) for kind in kinds
     }
-    return {"n_features": len(chosen), "n_raised": len(raised(rows, settings.perplexity_ratio_max)), **rates}
+    return {"n_features": len(chosen), "n_raised": len(raised(rows, settings.perplexity_ratio_max)), **means}
 
 
 _SCHEMA = pa.schema(
@@ -130,6 +139,12 @@ _SCHEMA = pa.schema(
         ("n_texts", pa.int32()), ("sample", pa.string()),
     ]
 )  # fmt: skip
+_LEVERS_SCHEMA = pa.schema(
+    [
+        ("feature", pa.int32()), ("change", pa.string()), ("rise", pa.float32()), ("low", pa.float32()),
+        ("high", pa.float32()), ("n_windows", pa.int32()),
+    ]
+)  # fmt: skip
 
 
 class _Chosen(NamedTuple):
@@ -138,28 +153,45 @@ class _Chosen(NamedTuple):
     concept: list[str]
 
 
-def choose_features(subject: Subject, scores: Path, count: int) -> list[_Chosen]:
-    """The features of the highest output scores that have words of their own for the judge to look for."""
+def choose_features(
+    subject: Subject,
+    scores: Path,
+    settings: SteeringReportSettings,
+    rates: Mapping[str, float],
+    base_texts: Sequence[Text],
+) -> list[_Chosen]:
+    """The features of the highest output scores that have words of their own for the judge to look for.
+
+    Words that are said anyway cannot be said ten times as often. Only words count that are rare by `rates`, those of
+    the corpus (see `Subject.concept`), and only features whose words together are rare in `base_texts`, those of the
+    model as it is on the prompts that choose.
+    """
     table = pq.read_table(scores / SCORES, columns=["feature", "output_score"]).to_pylist()
     scored = sorted((r for r in table if r["output_score"] is not None), key=lambda r: -r["output_score"])
     found: list[_Chosen] = []
     for row in scored:
-        if len(found) == count:
+        if len(found) == settings.features:
             break
-        if concept := subject.concept(subject.features.feature(row["feature"])):
+        concept = subject.concept(subject.features.feature(row["feature"]), rates, settings.word_rate_max)
+        said = np.mean([concept_rate(subject, text, set(concept)) for text in base_texts])
+        if len(concept) >= settings.words_min and said <= settings.base_rate_max:
             found.append(_Chosen(row["feature"], row["output_score"], concept))
     return found
 
 
 def measure(
-    subject: Subject, chosen: Sequence[_Chosen], settings: SteeringReportSettings, report: Report = silent
+    subject: Subject, scores: Path, rates: Mapping[str, float], settings: SteeringReportSettings, report: Report
 ) -> list[Row]:
-    """Both halves: every strength of every feature, then the chosen one and its controls."""
+    """Both halves: every strength of every feature that is chosen, then the chosen strength and its controls."""
     first = _Half(subject, "choose", CHOOSING, settings, report)
+    base_texts = first.write_base()
+    chosen = choose_features(subject, scores, settings, rates, base_texts)
+    if not chosen:
+        return []
     strengths = sorted(settings.strengths)
-    first.write([Condition(), *(Condition(Steer(c.feature, s)) for c in chosen for s in strengths)])
+    first.write([Condition(Steer(c.feature, s)) for c in chosen for s in strengths])
     second = _Half(subject, "report", REPORTING, settings, report)
-    base_texts = list(first.of(0))
+    second_base = second.write_base()
     rows, best = [], []
     for place, item in enumerate(chosen):
         tried = [
@@ -169,13 +201,8 @@ def measure(
         fluent = [row for row in tried if row.perplexity_ratio <= settings.perplexity_ratio_max] or tried[:1]
         best.append(max(fluent, key=lambda row: row.concept_rate))
         rows += [row._replace(chosen=row is best[-1]) for row in tried]
-    second.write(
-        [
-            Condition(),
-            *(c for item, row in zip(chosen, best, strict=True) for c in _against(subject, item, row, settings)),
-        ]
-    )
-    base_texts += second.of(0)
+    second.write([c for item, row in zip(chosen, best, strict=True) for c in _against(subject, item, row, settings)])
+    base_texts = base_texts + second_base
     kinds = ("steered", "random_direction", "random_feature", "prompt_only")
     for place, (item, row) in enumerate(zip(chosen, best, strict=True)):
         rows.append(second.row(0, item, "base", None, base_texts))
@@ -216,17 +243,26 @@ class _Half:
             report,
         )
 
+    def write_base(self) -> list[Text]:
+        """What the model says as it is: more texts than of other conditions, as all of them are held against these."""
+        self._texts = self._written([Condition()], self._settings.seeds + self._settings.base_seeds)
+        return list(self._texts)
+
     def write(self, conditions: Sequence[Condition]) -> None:
-        """Write and measure the texts of the conditions, of which the first is the model as it is."""
-        s = self._settings
-        self._texts = write_texts(
-            self._subject, self._prompts, conditions, s.seeds, s.max_tokens, s.temperature, s.seed, self._report
-        )
+        """Write the texts of further conditions, numbered from 1, and measure all."""
+        texts = self._written(conditions, self._settings.seeds)
+        self._texts += [text._replace(condition=text.condition + 1) for text in texts]
         self._measures = measure_texts(self._subject, self._texts)
         if self._name == "report":
-            self._kl = first_token_kl(self._subject, self._prompts, conditions).tolist()
+            self._kl = first_token_kl(self._subject, self._prompts, [Condition(), *conditions]).tolist()
         else:
-            self._kl = [math.nan] * len(conditions)
+            self._kl = [math.nan] * (1 + len(conditions))
+
+    def _written(self, conditions: Sequence[Condition], seeds: int) -> list[Text]:
+        s = self._settings
+        return write_texts(
+            self._subject, self._prompts, conditions, seeds, s.max_tokens, s.temperature, s.seed, self._report
+        )
 
     def of(self, condition: int) -> list[Text]:
         """Texts of a condition."""
@@ -274,13 +310,6 @@ def _first_token(subject: Subject, prompt: str, condition: Condition) -> Float[T
         return subject.lm.logits(ids)[0, -1].float().log_softmax(-1).cpu()
 
 
-def bootstrap(values: Float[np.ndarray, " n"], seed: int = 0) -> tuple[float, float]:
-    """95% percentile interval of the mean (Efron 1979)."""
-    drawn = np.random.default_rng(seed).integers(0, len(values), (_RESAMPLES, len(values)))
-    low, high = np.quantile(values[drawn].mean(1), [0.025, 0.975])
-    return float(low), float(high)
-
-
 def raised(rows: Iterable[Row], perplexity_ratio_max: float) -> list[int]:
     """Features whose concept steering raises at least tenfold within the bound, on the reporting half."""
     return [
@@ -297,7 +326,7 @@ def read_report(folder: Path) -> list[Row]:
     return [Row(**row) for row in pq.read_table(folder / REPORT).to_pylist()]
 
 
-def markdown(rows: Sequence[Row], perplexity_ratio_max: float) -> str:
+def markdown(rows: Sequence[Row], pulled: Sequence[Lever], perplexity_ratio_max: float) -> str:
     """The report for people: every feature, with its failures, and a transcript of each."""
     reported = [row for row in rows if row.half == "report"]
     if not reported:
@@ -307,13 +336,15 @@ def markdown(rows: Sequence[Row], perplexity_ratio_max: float) -> str:
     lines = [
         "# Steering, measured",
         "",
-        f"{len(names)} features, those of the highest output scores; {reported[0].n_texts} texts for each condition. "
+        f"{len(names)} features, those of the highest output scores among those with words that are rare in the corpus "
+        f"and in what the model says anyway; {min(row.n_texts for row in reported)} texts for each condition, "
+        f"{max(row.n_texts for row in reported)} of the model as it is. "
         f"Of these, {len(success)} raise their concept at least tenfold at a perplexity ratio of at most "
         f"{perplexity_ratio_max:g}.",
         "",
         "Half the prompts chose the strength; these numbers are of the other half. *Concept rate* is the share of "
-        "tokens that are words of the feature's own (promoted, or often fired on), with a 95% bootstrap interval; "
-        "*ratio* is over the model as it is; *perplexity* is a ratio, too.",
+        "tokens that are words of the feature's own (promoted, or often fired on; rare in the corpus), with a 95% "
+        "bootstrap interval; *ratio* is over the model as it is; *perplexity* is a ratio, too.",
         "",
         "| feature | words | condition | strength | concept rate | ratio | texts with it | perplexity | repetition "
         "| KL, first token |",
@@ -340,12 +371,36 @@ def markdown(rows: Sequence[Row], perplexity_ratio_max: float) -> str:
             np.mean([getattr(row, key) for row in some]) for key in ("concept_rate", "perplexity_ratio", "repetition")
         ]
         lines.append(f"| {kind} | {means[0]:.4f} | {means[1]:.2f} | {means[2]:.2f} |")
+    lines += _levers_lines(pulled)
     lines += ["", "## Transcripts", "", f"The first text of each, to {json.dumps(REPORTING[0])}.", ""]
     for feature, name in names.items():
         lines += [f"**{feature}** ({_cell(name)})", ""]
         lines += [f"- {r.condition}: {_cell(r.sample)}" for r in reported if r.feature == feature]
         lines.append("")
     return "\n".join(lines)
+
+
+def _levers_lines(pulled: Sequence[Lever]) -> list[str]:
+    """The table of the levers test."""
+    if not pulled:
+        return []
+    lines = [
+        "",
+        "## Levers",
+        "",
+        "Rise of the loss on held-out text where the feature fires, nats a prediction from its first firing on, with a "
+        "95% bootstrap interval over windows: the feature taken away, doubled, and moved as far in a random direction.",
+        "",
+        "| feature | windows | ablated | doubled | random direction |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for feature in dict.fromkeys(lever.feature for lever in pulled):
+        own = {lever.change: lever for lever in pulled if lever.feature == feature}
+        cells = [
+            f"{x.rise:.4f} [{x.low:.4f}, {x.high:.4f}]" for x in map(own.get, ("ablated", "doubled", "random")) if x
+        ]
+        lines.append(f"| {feature} | {own['ablated'].n_windows} | {' | '.join(cells)} |")
+    return lines
 
 
 def _cell(text: str) -> str:

@@ -3,8 +3,9 @@
 All texts of a prompt are rows of one batch: prompts are read once for all, and no row is padded.
 """
 
+import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_core.dictionary import Dictionary
@@ -25,8 +26,14 @@ from sae_core.steering import Steer, Steering
 
 _ROWS = 64
 """Texts written at once."""
+_RESAMPLES = 2000
 _LOGITS = 2**25
 """Logits held at once while texts are measured."""
+_WHOLE = re.compile(r" [^\W\d_]{3,}")
+"""A token that begins a word and is letters."""
+_SELDOM = 1e-5
+"""A word of a smaller share of a text's tokens is hardly one: vocabularies hold beginnings of words that never stand
+alone."""
 _SHARE = 0.05
 """A token stands for what a feature fires on when it has this share of its firings."""
 
@@ -71,9 +78,12 @@ class Subject:
         return [word if sum(map(str.isalnum, word)) >= 2 else "" for word in stripped]
 
     def steering(
-        self, steers: Sequence[Steer], rows: Bool[Tensor, "batch steers"], directions: Float[Tensor, "steers d_model"]
+        self,
+        steers: Sequence[Steer],
+        rows: Bool[Tensor, "batch steers"] | None = None,
+        directions: Float[Tensor, "steers d_model"] | None = None,
     ) -> Steering:
-        """Steering of a batch, each row in its own way."""
+        """Steering with this dictionary; `rows` and `directions` as in `Steering`."""
         return Steering(
             self.site, self.dictionary, steers, self.max_acts,
             sink_norm=self.sink_norm, rows=rows, directions=directions,
@@ -84,11 +94,29 @@ class Subject:
         drawn = torch.randn(n, self.dictionary.d_model, generator=torch.Generator().manual_seed(seed))
         return torch.nn.functional.normalize(drawn, dim=1).to(self.lm.device)
 
-    def concept(self, row: FeatureRow) -> list[str]:
-        """The words that stand for a feature: those that it promotes, then those that it often fires on."""
+    def word_rates(self, token_ids: Int[np.ndarray, "*n"]) -> dict[str, float]:
+        """Share of the tokens that each word has in a text."""
+        counts = np.bincount(token_ids.reshape(-1), minlength=self.lm.vocab_size)
+        rates: dict[str, float] = defaultdict(float)
+        for token in np.flatnonzero(counts):
+            rates[self.words[token]] += float(counts[token]) / token_ids.size
+        return dict(rates)
+
+    def concept(self, row: FeatureRow, rates: Mapping[str, float], at_most: float) -> list[str]:
+        """The words that stand for a feature: those that it promotes, then those that it often fires on.
+
+        Of these, the whole words that a text knows and that are rare in it: pieces of words, and words that are said
+        anyway, show nothing when they come.
+
+        Args:
+            row: the feature.
+            rates: of the words of a text, see `word_rates`.
+            at_most: share of tokens that a word may have in it.
+        """
         often = (t for t, share in zip(row.top_tokens, row.top_token_shares, strict=True) if share >= _SHARE)
-        words = (token.strip().casefold() for token in (*row.promoted, *often))
-        return list(dict.fromkeys(word for word in words if sum(map(str.isalnum, word)) >= 2))
+        tokens = (token for token in (*row.promoted, *often) if _WHOLE.fullmatch(token))
+        words = dict.fromkeys(token.strip().casefold() for token in tokens)
+        return [word for word in words if _SELDOM <= rates.get(word, 0.0) <= at_most]
 
 
 class Condition(NamedTuple):
@@ -203,3 +231,10 @@ def repetition(ids: Sequence[int]) -> float:
 def concept_rate(subject: Subject, text: Text, concept: set[str]) -> float:
     """Share of a text's tokens that are, as words, of the concept."""
     return float(np.mean([subject.words[token] in concept for token in text.ids])) if text.ids else 0.0
+
+
+def bootstrap(values: Float[np.ndarray, " n"], seed: int = 0) -> tuple[float, float]:
+    """95% percentile interval of the mean (Efron 1979)."""
+    drawn = np.random.default_rng(seed).integers(0, len(values), (_RESAMPLES, len(values)))
+    low, high = np.quantile(values[drawn].mean(1), [0.025, 0.975])
+    return float(low), float(high)

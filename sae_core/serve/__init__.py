@@ -6,7 +6,9 @@
     render      templates, and how tokens and numbers are shown
     pages       the pages
     api         the JSON API (`/api/openapi.json`)
-    live        the language model, one text at a time
+    live        the language model, one for all: who asks takes turns (`turns`, `streams`)
+    steer       the steering page
+    openai_api  the (steered) model behind OpenAI's API
 
 The style sheet, the templates and all JavaScript are files of this package; nothing is fetched from elsewhere.
 """

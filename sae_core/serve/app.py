@@ -14,17 +14,20 @@ from sae_core.atlas import SearchError
 from sae_core.errors import MindAtlasError
 from sae_core.features.reader import FeatureError
 from sae_core.names import SlugError
-from sae_core.serve import api, pages
+from sae_core.serve import api, pages, steer
 from sae_core.serve.door import LOOPBACK, Door
 from sae_core.serve.live import Live, LiveError
 from sae_core.serve.map import router as map_router
+from sae_core.serve.openai_api import Presets, openai_api
 from sae_core.serve.render import page
 from sae_core.serve.shelf import Shelf
 from sae_core.serve.views import NotFoundError
+from sae_core.steers import SteeringError
 from sae_core.studies import Studies
 
 _STATUS: dict[type[MindAtlasError], int] = {
     ArtifactError: 404, FeatureError: 404, NotFoundError: 404, SlugError: 404, SearchError: 400,
+    SteeringError: 400,
 }  # fmt: skip
 """The answer to each error; any other that a user can mend is 500."""
 
@@ -36,6 +39,7 @@ def create_app(
     *,
     hosts: tuple[str, ...] = LOOPBACK,
     token: str = "",
+    presets: Presets | None = None,
 ) -> FastAPI:
     """The atlas as a web application.
 
@@ -46,16 +50,20 @@ def create_app(
         hosts: names under which the server may be asked for, which keeps other sites' pages from reaching it by a
             name of their own; empty for any.
         token: what every request must bring; empty for none.
+        presets: steered models by name, for clients of OpenAI's API and the steering page.
     """
     app = FastAPI(
         title="Mind Atlas", description=api.DESCRIPTION, openapi_url="/api/openapi.json", docs_url=None, redoc_url=None
     )
-    app.state.shelf = Shelf(store, dictionary)
-    app.state.live = Live(studies or Studies([]))
+    app.state.shelf = shelf = Shelf(store, dictionary)
+    app.state.live = live = Live(studies or Studies([]))
+    app.state.presets = presets or {}
     app.add_middleware(Door, hosts=hosts, token=token)
     app.include_router(pages.router)
     app.include_router(map_router)
+    app.include_router(steer.router)
     app.include_router(api.router)
+    app.include_router(openai_api(shelf.atlas, live, presets))
     app.mount("/static", StaticFiles(directory=Path(__file__).parent / "static"), name="static")
     app.add_exception_handler(MindAtlasError, _mendable)
     app.add_exception_handler(HTTPException, _http_error)

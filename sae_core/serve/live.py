@@ -1,30 +1,32 @@
-"""The language model behind an atlas: loaded when it is first asked for, it reads one text at a time."""
+"""The language model behind an atlas: loaded when it is first asked for, one for all that is asked of it."""
 
 import asyncio
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import Request
 
 from sae_core.atlas import Atlas, ExplainedToken
 from sae_core.errors import MindAtlasError
+from sae_core.serve.turns import BusyError, Stream, Turns
 from sae_core.studies import Studies
 
 if TYPE_CHECKING:
+    from sae_core.dictionary import Dictionary
     from sae_core.language_model import LanguageModel
     from sae_core.study import ModelSettings
 
+T = TypeVar("T")
+
 MAX_CHARACTERS = 4000
 """Of a text that the model is to read."""
-_PLACES = 4  # requests that wait or are worked on
-_SECONDS = 30.0  # for one request, with waiting and, the first time, loading
+_PLACES = 32  # requests that take turns
+_SECONDS = 30.0  # for one text, with waiting and, the first time, loading
 _LOOK = 0.1  # seconds between two looks whether anyone still waits for the answer
 
 
 class LiveError(MindAtlasError):
-    """A text that the live model does not read, now or at all."""
+    """Something that the live model does not do, now or at all."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -33,13 +35,27 @@ class LiveError(MindAtlasError):
 
 
 class Live:
-    """Runs the live model in a thread of its own, with bounds on text, time and requests at once."""
+    """Runs the live model in a thread of its own, where everybody gets a turn; with bounds on text, time and places."""
 
     def __init__(self, studies: Studies, seconds: float = _SECONDS, places: int = _PLACES) -> None:
-        self.studies, self._seconds, self._places = studies, seconds, places
-        self._thread = ThreadPoolExecutor(1, "live-model")
-        self._taken = 0
+        self.studies, self._seconds = studies, seconds
+        self._turns = Turns(places)
         self._loaded: tuple[ModelSettings, LanguageModel] | None = None
+        self._dictionary: tuple[Atlas, Dictionary] | None = None
+
+    def start(self, items: Iterator[T]) -> Stream[T]:
+        """What the iterator yields; its code runs in the model's thread. Raises LiveError when no place is free."""
+        try:
+            return self._turns.start(items)
+        except BusyError as error:
+            raise LiveError(str(error), 503) from None
+
+    def ready(self, atlas: Atlas) -> "tuple[LanguageModel, Dictionary]":
+        """The model that the atlas describes and its dictionary. To be called in the model's thread only."""
+        lm = self._model(atlas)
+        if self._dictionary is None or self._dictionary[0] is not atlas:
+            self._dictionary = atlas, atlas.load_dictionary().to(lm.device)
+        return lm, self._dictionary[1]
 
     async def explain(
         self, request: Request, atlas: Atlas, text: str, per_token: int, feature: int | None = None
@@ -52,37 +68,23 @@ class Live:
         """
         if len(text) > MAX_CHARACTERS:
             raise LiveError(f"the text has {len(text):,} characters: give at most {MAX_CHARACTERS:,}", 413)
-        if self._taken >= self._places:
-            raise LiveError("the model is busy with other texts: try again in a moment", 503)
-        self._taken += 1
-        stop = threading.Event()
-        work = self._thread.submit(self._explain, atlas, text, per_token, feature, stop)
+        tokens = self.start(self._explain(atlas, text, per_token, feature))
+        work = asyncio.ensure_future(_all(tokens))
         try:
-            return await self._result(request, asyncio.wrap_future(work))
+            async with asyncio.timeout(self._seconds):
+                while not (await asyncio.wait({work}, timeout=_LOOK))[0]:
+                    if await request.is_disconnected():
+                        raise LiveError("nobody waits for the answer any more", 499)
+                return work.result()
+        except TimeoutError:
+            what = f"no answer within {self._seconds:g} s: try again, or give a shorter text"
+            raise LiveError(what, 504) from None
         finally:
-            stop.set()
             work.cancel()
-            self._taken -= 1
+            tokens.close()
 
-    async def _result(self, request: Request, work: "asyncio.Future[list[ExplainedToken]]") -> list[ExplainedToken]:
-        deadline = time.monotonic() + self._seconds
-        while not work.done():
-            await asyncio.wait({work}, timeout=_LOOK)
-            if not work.done() and await request.is_disconnected():
-                raise LiveError("nobody waits for the answer any more", 499)
-            if not work.done() and time.monotonic() > deadline:
-                raise LiveError(f"no answer within {self._seconds:g} s: try again, or give a shorter text", 504)
-        return work.result()
-
-    def _explain(
-        self, atlas: Atlas, text: str, per_token: int, feature: int | None, stop: threading.Event
-    ) -> list[ExplainedToken]:
-        lm, found = self._model(atlas), []
-        for token in atlas.explain_lazily(lm, text, per_token, feature):
-            if stop.is_set():
-                break
-            found.append(token)
-        return found
+    def _explain(self, atlas: Atlas, text: str, per_token: int, feature: int | None) -> Iterator[ExplainedToken]:
+        yield from atlas.explain_lazily(self._model(atlas), text, per_token, feature)
 
     def _model(self, atlas: Atlas) -> "LanguageModel":
         """The model that the atlas describes. Only the model's own thread calls this."""
@@ -93,3 +95,7 @@ class Live:
             self._loaded = None  # two models may not fit
             self._loaded = settings, LanguageModel.load(settings, precision="float32")
         return self._loaded[1]
+
+
+async def _all(items: Stream[T]) -> list[T]:
+    return [item async for item in items]

@@ -8,32 +8,32 @@ Any client of OpenAI's talks to it. The model as it is has the model's name; a p
 What is not supported is refused by name, unless it is given the value that changes nothing. Errors have OpenAI's shape.
 """
 
-import asyncio
 import json
 import secrets
 import time
 import tomllib
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fastapi import APIRouter, Request
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 from sae_core.atlas import Atlas
-from sae_core.dictionary import Dictionary
 from sae_core.errors import MindAtlasError
-from sae_core.generation import Prompt, Sampling, Token, read_prompt, stream
-from sae_core.language_model import LanguageModel
-from sae_core.serve.turns import BusyError, Stream, Turns
-from sae_core.steering import Method, Scope, Steer, Steering, SteeringError, cautions, max_acts
+from sae_core.serve.live import Live, LiveError
+from sae_core.serve.streams import EventStream, SteerField, event, next_item
+from sae_core.serve.turns import Stream
+from sae_core.steers import Scope, Steer, SteeringError, cautions, parse_steers
+
+if TYPE_CHECKING:
+    from sae_core.generation import Prompt, Sampling, Token
 
 PRESETS = "steered.toml"
 """File in the home folder: a line `name = "1234:10, 99:-2:add"` makes a steered model of that name."""
 RETRY_SECONDS = 2
-_LOOK = 0.1  # seconds between two looks whether anyone still waits for a whole answer
 _NEUTRAL: dict[str, Any] = {
     "n": 1, "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "top_logprobs": 0, "store": False,
     "tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "echo": False, "best_of": 1, "suffix": "",
@@ -58,19 +58,6 @@ class ApiError(Exception):
         return JSONResponse({"error": error}, self.status, headers)
 
 
-def parse_steers(text: str) -> tuple[Steer, ...]:
-    """`1234:10, 99:-2:add` as a list: feature, strength and, when it is not clamp, method. Raises SteeringError."""
-    found = []
-    for part in text.split(","):
-        feature, _, rest = part.strip().partition(":")
-        strength, _, method = rest.partition(":")
-        try:
-            found.append(Steer(int(feature), float(strength), method or "clamp"))  # type: ignore[arg-type]
-        except ValueError:
-            raise SteeringError(f"{part.strip()!r}: write FEATURE:STRENGTH or FEATURE:STRENGTH:METHOD") from None
-    return tuple(found)
-
-
 def load_presets(home: Path) -> dict[str, tuple[Steer, ...]]:
     """The steered models that `steered.toml` in the home folder names; none without it.
 
@@ -84,13 +71,6 @@ def load_presets(home: Path) -> dict[str, tuple[Steer, ...]]:
         return {name: parse_steers(str(text)) for name, text in lines.items()}
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, SteeringError) as error:
         raise SteeringError(f'{path}: {error}: write lines such as golden-gate = "1234:10"') from None
-
-
-class _SteerField(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    feature: int
-    strength: float
-    method: Method = "clamp"
 
 
 class _Common(BaseModel):
@@ -107,7 +87,7 @@ class _Common(BaseModel):
     stop: str | list[str] | None = None
     user: str | None = None
     """Says who asks, which changes nothing here."""
-    steering: list[_SteerField] = []
+    steering: list[SteerField] = []
     steering_scope: Scope = "all"
 
     @field_validator("temperature", "top_p", "stream", "steering", "steering_scope", mode="before")
@@ -116,7 +96,9 @@ class _Common(BaseModel):
         return cls.model_fields[info.field_name].get_default() if value is None else value
 
     @property
-    def sampling(self) -> Sampling:
+    def sampling(self) -> "Sampling":
+        from sae_core.generation import Sampling  # torch, in the model's thread
+
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         seed = secrets.randbelow(2**31) if self.seed is None else self.seed
         return Sampling(self.max_tokens or 512, self.temperature, self.top_p, seed, tuple(stop))
@@ -149,7 +131,7 @@ class _Chat(_Common):
         return [message.turn for message in self.messages]
 
     @property
-    def sampling(self) -> Sampling:
+    def sampling(self) -> "Sampling":
         limit = self.max_completion_tokens or self.max_tokens
         return super().sampling._replace(max_tokens=limit) if limit else super().sampling
 
@@ -165,16 +147,10 @@ class _Completion(_Common):
 class _Read(NamedTuple):
     """First of a stream: the prompt was read."""
 
-    prompt: Prompt
+    prompt: "Prompt"
     notes: list[str]
-
-
-class _Loaded(NamedTuple):
-    """What requests share."""
-
-    atlas: Atlas
-    lm: LanguageModel
-    dictionary: Dictionary
+    strings: Callable[[list[int]], list[str]]
+    """Tokens by themselves."""
 
 
 class _Route(APIRoute):
@@ -188,8 +164,8 @@ class _Route(APIRoute):
                 return await handle(request)
             except ApiError as error:
                 return error.response()
-            except BusyError as error:
-                return ApiError(503, str(error), code="overloaded").response()
+            except LiveError as error:
+                return ApiError(error.status, str(error), code="overloaded" if error.status == 503 else None).response()
             except SteeringError as error:
                 return ApiError(400, str(error), "steering").response()
             except MindAtlasError as error:
@@ -201,32 +177,32 @@ class _Route(APIRoute):
 class SteeredModels:
     """The model as it is and its steered presets, for many requests at once."""
 
-    def __init__(
-        self, atlas: Callable[[], Atlas], load: Callable[[Atlas], LanguageModel], presets: Presets, places: int
-    ) -> None:
-        self._atlas, self._load, self._presets = atlas, load, presets
-        self._turns = Turns(places)
-        self._loaded: _Loaded | None = None
+    def __init__(self, atlas: Callable[[], Atlas], live: Live, presets: Presets) -> None:
+        self._atlas, self._live, self._presets = atlas, live, presets
 
     def names(self) -> list[str]:
         """Of the model, and of each preset."""
         base = self._atlas().site.model
         return [base, *(f"{base}+{name}" for name in self._presets)]
 
-    def start(self, request: _Chat | _Completion) -> Stream[_Read | Token]:
-        """The answer's tokens, after the prompt; raises ApiError of an unknown model, BusyError."""
+    def start(self, request: _Chat | _Completion) -> "Stream[_Read | Token]":
+        """The answer's tokens, after the prompt; raises ApiError of an unknown model, LiveError."""
         names = self.names()
         if request.model not in names:
             what = f"the model {request.model!r} does not exist: there are {', '.join(names)}"
             raise ApiError(404, what, "model", "model_not_found")
-        steers = [Steer(s.feature, s.strength, s.method) for s in request.steering]
-        return self._turns.start(
+        steers = [s.steer for s in request.steering]
+        return self._live.start(
             self._answer(request, [*self._presets.get(request.model[len(names[0]) + 1 :], ()), *steers])
         )
 
-    def _answer(self, request: _Chat | _Completion, steers: list[Steer]) -> Iterator[_Read | Token]:
+    def _answer(self, request: _Chat | _Completion, steers: list[Steer]) -> "Iterator[_Read | Token]":
         """In the model's thread."""
-        atlas, lm, dictionary = self._ready()
+        from sae_core.generation import read_prompt, stream  # torch, which nothing else here needs
+        from sae_core.steering import Steering, max_acts
+
+        atlas = self._atlas()
+        lm, dictionary = self._live.ready(atlas)
         steering = None
         if steers:
             steering = Steering(
@@ -235,35 +211,19 @@ class SteeredModels:
         prompt, notes = read_prompt(lm, request.prompt_text), cautions(atlas, steers)
         if isinstance(request, _Chat) and not lm.tokenizer.chat_template:
             notes.append("the model has no chat template: it completes the messages as plain text")
-        yield _Read(prompt, notes)
+        yield _Read(prompt, notes, lm.token_strings)
         yield from stream(lm, prompt, request.sampling, steering)
 
-    def _ready(self) -> _Loaded:
-        atlas = self._atlas()
-        if self._loaded is None or self._loaded.atlas is not atlas:
-            self._loaded = None  # two models may not fit
-            lm = self._load(atlas)
-            self._loaded = _Loaded(atlas, lm, atlas.load_dictionary().to(lm.device))
-        return self._loaded
 
-    def token_text(self, token: Token) -> str:
-        """A token by itself."""
-        assert self._loaded is not None, "it was drawn from a loaded model"
-        return self._loaded.lm.token_strings([token.id])[0]
-
-
-def openai_api(
-    atlas: Callable[[], Atlas], load: Callable[[Atlas], LanguageModel], presets: Presets | None = None, places: int = 32
-) -> APIRouter:
+def openai_api(atlas: Callable[[], Atlas], live: Live, presets: Presets | None = None) -> APIRouter:
     """The routes.
 
     Args:
         atlas: the atlas to steer with; the same object as long as nothing was made anew.
-        load: the language model of an atlas; called when the first request comes.
+        live: its language model; who comes when all its places are taken is told to come back.
         presets: steered models by name.
-        places: requests at once; the others are told to come back.
     """
-    models, router = SteeredModels(atlas, load, presets or {}, places), APIRouter(route_class=_Route, tags=["openai"])
+    models, router = SteeredModels(atlas, live, presets or {}), APIRouter(route_class=_Route, tags=["openai"])
 
     @router.get("/v1/models")
     def list_models() -> dict[str, Any]:
@@ -317,12 +277,13 @@ async def _read(request: Request, kind: type[_Chat] | type[_Completion]) -> Any:
 async def _respond(request: Request, models: SteeredModels, asked: _Chat | _Completion) -> Response:
     tokens = models.start(asked)
     try:
-        read = await _next(request, tokens)
+        read = await next_item(request, tokens)
         assert isinstance(read, _Read), "a stream begins with its prompt"
-        answer = _Answer(models, asked, read)
+        answer = _Answer(asked, read)
         if asked.stream:
-            return StreamingResponse(_events(tokens, answer), media_type="text/event-stream")
-        while (token := await _next(request, tokens)) is not None:
+            return EventStream(_events(tokens, answer), tokens)
+        while (token := await next_item(request, tokens)) is not None:
+            assert not isinstance(token, _Read), "after its prompt, a stream is tokens"
             answer.add(token)
         return JSONResponse(answer.whole())
     except BaseException:
@@ -330,43 +291,24 @@ async def _respond(request: Request, models: SteeredModels, asked: _Chat | _Comp
         raise
 
 
-async def _next(request: Request, tokens: Stream[_Read | Token]) -> Any:
-    """The next item, None after the last; raises ApiError when the client went away meanwhile."""
-    waiting = asyncio.ensure_future(anext(tokens, None))
+async def _events(tokens: "Stream[_Read | Token]", answer: "_Answer") -> AsyncIterator[str]:
     try:
-        while not (await asyncio.wait({waiting}, timeout=_LOOK))[0]:
-            if await request.is_disconnected():
-                raise ApiError(499, "nobody waits for the answer any more")
-        return waiting.result()
-    finally:
-        waiting.cancel()
-
-
-async def _events(tokens: Stream[_Read | Token], answer: "_Answer") -> AsyncIterator[str]:
-    """Server-sent events. When the client goes away, this is closed, and with it the stream."""
-    try:
-        yield _event(answer.first())
+        yield event(answer.first())
         async for token in tokens:
-            assert isinstance(token, Token), "after its prompt, a stream is tokens"
-            yield _event(answer.add(token))
+            assert not isinstance(token, _Read), "after its prompt, a stream is tokens"
+            yield event(answer.add(token))
         if answer.wants_usage:
-            yield _event(answer.usage_chunk())
+            yield event(answer.usage_chunk())
         yield "data: [DONE]\n\n"
     except MindAtlasError as error:
-        yield _event({"error": {"message": str(error), "type": "server_error", "param": None, "code": None}})
-    finally:
-        tokens.close()
-
-
-def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+        yield event({"error": {"message": str(error), "type": "server_error", "param": None, "code": None}})
 
 
 class _Answer:
     """An answer on its way, in the shapes of OpenAI's API."""
 
-    def __init__(self, models: SteeredModels, asked: _Chat | _Completion, read: _Read) -> None:
-        self._models, self._chat, self._read = models, isinstance(asked, _Chat), read
+    def __init__(self, asked: _Chat | _Completion, read: _Read) -> None:
+        self._chat, self._read = isinstance(asked, _Chat), read
         self._logprobs = isinstance(asked, _Chat) and bool(asked.logprobs)
         self._head = {
             "id": f"{'chatcmpl' if self._chat else 'cmpl'}-{secrets.token_hex(12)}",
@@ -380,7 +322,7 @@ class _Answer:
         """Before any token; `notes` is ours."""
         return self._chunk({"role": "assistant", "content": ""}, "", None, None) | self._notes()
 
-    def add(self, token: Token) -> dict[str, Any]:
+    def add(self, token: "Token") -> dict[str, Any]:
         """The event of one more token."""
         self._tokens.append(token)
         logprobs = self._logprobs_of([token]) if self._logprobs else None
@@ -409,8 +351,8 @@ class _Answer:
         choice |= {"delta": delta} if self._chat else {"text": text}
         return {**self._head, "object": kind, "choices": [choice]}
 
-    def _logprobs_of(self, tokens: list[Token]) -> dict[str, Any]:
-        shown = [(self._models.token_text(token), token.logprob) for token in tokens]
+    def _logprobs_of(self, tokens: "list[Token]") -> dict[str, Any]:
+        shown = [(self._read.strings([token.id])[0], token.logprob) for token in tokens]
         content = [
             {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
             for text, logprob in shown

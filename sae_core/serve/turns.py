@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Generic, TypeVar
 
 from sae_core.errors import MindAtlasError
@@ -23,7 +23,7 @@ class Turns:
 
     def __init__(self, places: int = 32) -> None:
         """With so many places; who comes when all are taken is sent away at once."""
-        self._places, self._taken = places, 0
+        self._places, self._inside = places, set[Stream]()
         self._lock = threading.Lock()
         self._next: deque[Stream] = deque()
         self._running = False
@@ -34,14 +34,14 @@ class Turns:
         Raises BusyError when all places are taken.
         """
         with self._lock:
-            if self._taken >= self._places:
-                raise BusyError(f"all {self._places} places are taken: try again in a moment")
-            self._taken += 1
-            stream = Stream(items)
+            if len(self._inside) >= self._places:
+                raise BusyError(f"the model is busy: all {self._places} places are taken; try again in a moment")
+            stream = Stream(items, self._leave)
+            self._inside.add(stream)
             self._next.append(stream)
             if not self._running:
                 self._running = True
-                threading.Thread(target=self._run, name="steered-model", daemon=True).start()
+                threading.Thread(target=self._run, name="live-model", daemon=True).start()
         return stream
 
     def _run(self) -> None:
@@ -52,18 +52,22 @@ class Turns:
                     return
                 stream = self._next.popleft()
             goes_on = stream.step()
-            with self._lock:
-                if goes_on:
+            if goes_on:
+                with self._lock:
                     self._next.append(stream)
-                else:
-                    self._taken -= 1
+            else:
+                self._leave(stream)
+
+    def _leave(self, stream: "Stream") -> None:
+        with self._lock:
+            self._inside.discard(stream)
 
 
 class Stream(Generic[T]):
     """What one iterator yields, or raises, for one reader. Closed, it takes no further turn."""
 
-    def __init__(self, items: Iterator[T]) -> None:
-        self._items = items
+    def __init__(self, items: Iterator[T], leave: "Callable[[Stream[T]], None]") -> None:
+        self._items, self._leave = items, leave
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Queue[tuple[T | None, BaseException | None]] = asyncio.Queue()
         self._closed = threading.Event()
@@ -83,8 +87,9 @@ class Stream(Generic[T]):
         return made[1] is None
 
     def close(self) -> None:
-        """Nobody reads any further."""
+        """Nobody reads any further: the place is free."""
         self._closed.set()
+        self._leave(self)
 
     def __aiter__(self) -> AsyncIterator[T]:
         return self

@@ -133,8 +133,31 @@ class FeatureView(View):
     neighbors: list[Near]
     cluster: int | None
     """On the map; -1 is none, null before the map is made."""
+    output_score: float | None
+    """How far the tokens that it promotes climb in rank when it is turned up; null where it was not measured."""
+    suggested_strength: float | None
+    """The largest strength, in units of its maximum, at which its texts stayed fluent; null: none was looked for."""
+    role: str
+    """`output` when turning it up does more than random directions do, else `input`; empty where not measured."""
     previous: int | None
     next: int | None
+
+
+class SteeredFeature(Named):
+    """A feature, as one who steers it wants to know it."""
+
+    is_dead: bool
+    """It never fires on the corpus, and cannot be steered."""
+    max_act: float
+    """Its largest activation over the corpus: the unit of strengths."""
+    strength: float
+    """One to begin with."""
+    suggested_strength: float | None
+    """The largest at which its texts stayed fluent; null where none was looked for."""
+    output_score: float | None
+    """How far the tokens that it promotes climb in rank when it is turned up; null where it was not measured."""
+    role: str
+    """`output` where that is more than random directions do, else `input`; empty where it was not measured."""
 
 
 class SearchView(View):
@@ -237,6 +260,9 @@ def feature_view(atlas: Atlas, feature: int) -> FeatureView:
         counter_examples=[],
         neighbors=[Near(feature=x.feature, label=x.label, cosine=x.cosine) for x in card.neighbors],
         cluster=card.place.cluster if card.place else None,
+        output_score=(card.steering or {}).get("output_score"),
+        suggested_strength=(card.steering or {}).get("suggested_strength"),
+        role=(card.steering or {}).get("role") or "",
         previous=feature - 1 if feature else None,
         next=feature + 1 if feature + 1 < n else None,
     )

@@ -11,25 +11,34 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.numpy import save_file
 from transformers import BloomConfig, BloomForCausalLM
 
+from sae_core.corpus import Corpus
 from sae_core.dictionary import Dictionary
 from sae_core.language_model import LanguageModel
 from sae_core.names import Site
 from sae_core.steering import Steer, Steering
+from sae_core.steering_levers import Lever, levers
 from sae_core.steering_report import (
     REPORTING,
     Row,
-    bootstrap,
     build_steering_report,
-    choose_features,
     first_token_kl,
     markdown,
     raised,
     read_report,
 )
 from sae_core.steering_scores import NEUTRAL, build_steering, live_features, output_effects, suggest_strengths
-from sae_core.steering_texts import Condition, Subject, concept_rate, measure_texts, repetition, write_texts
+from sae_core.steering_texts import (
+    Condition,
+    Subject,
+    bootstrap,
+    concept_rate,
+    measure_texts,
+    repetition,
+    write_texts,
+)
 from sae_core.study import ModelSettings, SteeringReportSettings, SteeringSettings
 
 D_SAE, DEAD, PLANTED = 12, 4, 7
@@ -59,8 +68,8 @@ def folders(lm: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> dict
         rows.append({
             "feature": i, "n_fired": 5 * alive, "density": 0.1 * alive, "max_act": (4.0 + i / 10) * alive,
             "mean_act": 1.0 * alive, "is_dead": not alive, "promoted": tokens, "promoted_logits": [1.0] * 4,
-            "suppressed": [], "suppressed_logits": [], "histogram": [5], "top_tokens": [" the", "river", "??"],
-            "top_token_shares": [0.01, 0.5, 0.4],
+            "suppressed": [], "suppressed_logits": [], "histogram": [5],
+            "top_tokens": [" the", " river", "??", " bridge"], "top_token_shares": [0.01, 0.5, 0.4, 0.3],
         })  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows), made["features"] / "features.parquet")
     pq.write_table(pa.table({"feature": [0]}), made["features"] / "examples.parquet")
@@ -75,6 +84,18 @@ def subject(lm: LanguageModel, folders: dict[str, Path]) -> Subject:
 @pytest.fixture(scope="module")
 def model(tiny_model: Path) -> ModelSettings:
     return ModelSettings(source=str(tiny_model))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Blocks of random tokens, two documents a block, for both splits."""
+    folder, rng = tmp_path_factory.mktemp("corpus"), np.random.default_rng(0)
+    for split in ("train", "held_out"):
+        ids = rng.integers(3, 512, (12, 32), dtype=np.int32)
+        documents = np.repeat(np.arange(24, dtype=np.int32).reshape(12, 2), 16, axis=1)
+        columns = {"token_ids": ids, "documents": documents, "positions": documents % 1}
+        save_file(columns, folder / f"{split}.safetensors")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -176,15 +197,19 @@ def test_repetition_is_the_share_of_token_triples_seen_before(ids: list[int], ex
     assert repetition(ids) == expected
 
 
-def test_a_concept_is_words_and_its_rate_counts_them_in_any_case_and_spacing(subject: Subject) -> None:
-    concept = subject.concept(subject.features.feature(PLANTED))
-    assert "river" in concept  # fires on it often; " the" too seldom, "??" is no word
-    assert not {"the", "??"} & set(concept)
+def test_a_concept_is_whole_rare_words_and_its_rate_counts_them_in_any_case_and_spacing(subject: Subject) -> None:
+    row = subject.features.feature(PLANTED)
+    rates = {"river": 1e-4, "bridge": 0.2, "the": 1e-4}
+    assert subject.concept(row, rates, 1e-3) == ["river"]  # " the" too seldom fired on, "??" no word, "bridge" not rare
+    assert subject.concept(row, rates, 1.0) == ["river", "bridge"]
+    assert subject.concept(row, {"bridge": 0.2}, 1.0) == ["bridge"]  # what the corpus does not know is no word
     ids = [i for word in (" river", " the", "river") for i in subject.lm.tokenizer(word)["input_ids"]]
     (text,) = write_texts(subject, ["Rain"], [Condition()], 1, 4, 0.0)
     words = [subject.words[i] for i in ids]
     assert concept_rate(subject, text._replace(ids=ids), {"river"}) == words.count("river") / len(ids)
     assert concept_rate(subject, text._replace(ids=[]), {"river"}) == 0
+    rates = subject.word_rates(np.array([ids, ids]))
+    assert rates["river"] == pytest.approx(words.count("river") / len(ids))
 
 
 def test_an_interval_holds_the_mean_and_shrinks_with_more_texts() -> None:
@@ -205,13 +230,22 @@ def test_the_first_tokens_divergence_is_nothing_without_steering(subject: Subjec
 
 
 def test_the_report_holds_every_feature_with_every_control(
-    scores: dict[str, Any], subject: Subject, model: ModelSettings, folders: dict[str, Path]
+    scores: dict[str, Any], subject: Subject, model: ModelSettings, folders: dict[str, Path], corpus: Path
 ) -> None:
-    settings = SteeringReportSettings(features=3, seeds=1, max_tokens=6, strengths=(1.0, 4.0))
-    made = (folders[name] for name in ("dictionary", "features", "steering", "report"))
-    summary = build_steering_report(settings, model, SITE, math.inf, *made)
+    settings = SteeringReportSettings(
+        features=3, words_min=1, word_rate_max=1, base_rate_max=1, base_seeds=2, max_tokens=6, strengths=(1.0, 4.0)
+    )
+    made = (folders[name] for name in ("dictionary", "features", "steering"))
+    summary = build_steering_report(settings, model, SITE, math.inf, *made, corpus, "documents", folders["report"])
     rows = read_report(folders["report"])
-    chosen = [item.feature for item in choose_features(subject, folders["steering"], 3)]
+    table = pq.read_table(folders["steering"] / "scores.parquet").to_pylist()
+    best = sorted((row for row in table if row["output_score"] is not None), key=lambda row: -row["output_score"])
+    rates = subject.word_rates(Corpus.open(corpus).train.token_ids)
+    with_words = [
+        row["feature"] for row in best if subject.concept(subject.features.feature(row["feature"]), rates, 1.0)
+    ]
+    chosen = with_words[:3]
+    assert {row.feature for row in rows} == set(chosen)
     for feature in chosen:
         own = [row for row in rows if row.feature == feature]
         tried = [row for row in own if row.half == "choose"]
@@ -223,12 +257,55 @@ def test_the_report_holds_every_feature_with_every_control(
         assert reported["base"].perplexity_ratio == pytest.approx(1)
         assert reported["base"].kl_first == 0
         assert all(row.low <= row.concept_rate <= row.high for row in own)
-        assert all(row.n_texts == len(REPORTING) for row in reported.values())
+        assert {kind: row.n_texts for kind, row in reported.items() if kind != "base"} == dict.fromkeys(
+            ("steered", "random_direction", "random_feature", "prompt_only"), len(REPORTING)
+        )
+        assert reported["base"].n_texts == 3 * len(REPORTING)
     assert summary["n_features"] == len(chosen) == 3
     assert summary["n_raised"] == len(raised(rows, 2.0))
     shown = (folders["report"] / "report.md").read_text("utf-8")
     assert shown.count("| steered") == 4  # three features, and the means
     assert json.dumps(REPORTING[0]) in shown
+
+
+def test_features_whose_words_are_said_anyway_are_not_measured(
+    scores: dict[str, Any], model: ModelSettings, folders: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    settings = SteeringReportSettings(features=3, words_min=1, word_rate_max=0, max_tokens=4)
+    made = (folders[name] for name in ("dictionary", "features", "steering"))
+    summary = build_steering_report(settings, model, SITE, math.inf, *made, corpus, "documents", tmp_path)
+    assert summary["n_features"] == 0
+    assert "No feature was measured" in (tmp_path / "report.md").read_text("utf-8")
+
+
+def test_a_levers_rise_is_the_loss_of_the_edited_model_less_that_of_the_model_as_it_is(
+    subject: Subject, corpus: Path
+) -> None:
+    found = levers(subject, [PLANTED], corpus, "documents", 10**6)
+    assert [lever.change for lever in found] == ["ablated", "doubled", "random"]
+    lm, blocks = subject.lm, Corpus.open(corpus).held_out
+    rises = []
+    for row in range(len(blocks.token_ids)):
+        ids = torch.from_numpy(blocks.token_ids[row : row + 1]).long()
+        documents = torch.from_numpy(blocks.documents[row : row + 1])
+        acts = subject.dictionary.encode(lm.capture("resid_post", 3, ids, documents)[0])[:, PLANTED]
+        if not float(acts.sum()):
+            continue
+        losses = []
+        for strength in (0.0, 1.0):
+            with Steering(SITE, subject.dictionary, [Steer(PLANTED, strength, "scale")], subject.max_acts).applied(lm):
+                logprobs = lm.logits(ids, documents)[0].log_softmax(-1)
+            counted = [
+                -float(logprobs[i, ids[0, i + 1]])
+                for i in range(int((acts > 0).nonzero()[0]), ids.shape[1] - 1)
+                if documents[0, i] == documents[0, i + 1] >= 0
+            ]
+            losses.append(np.mean(counted) if counted else math.nan)
+        rises.append((float(acts.sum()), losses[0] - losses[1]))
+    best = [rise for _, rise in sorted(rises, reverse=True)[:8] if math.isfinite(rise)]
+    assert found[0].rise == pytest.approx(np.mean(best), abs=1e-4)
+    assert found[0].low <= found[0].rise <= found[0].high
+    assert found[0].n_windows == len(best)
 
 
 def rows() -> Iterator[Row]:
@@ -241,9 +318,11 @@ def rows() -> Iterator[Row]:
 
 def test_only_what_is_raised_tenfold_within_the_bound_counts_and_failures_are_shown() -> None:
     assert raised(rows(), 2.0) == [1]
-    shown = markdown(list(rows()), 2.0)
+    pulled = [Lever(1, change, 0.25, 0.125, 0.5, 8) for change in ("ablated", "doubled", "random")]
+    shown = markdown(list(rows()), pulled, 2.0)
+    assert "| 1 | 8 | 0.2500 [0.1250, 0.5000] |" in shown
     assert "Of these, 1 raise their concept" in shown
     assert all(f"| {feature} |" in shown for feature in (1, 2, 3))
     assert "a\\|b &lt;c>" in shown
     assert "one two \\| three" in shown
-    assert "No feature was measured" in markdown([], 2.0)
+    assert "No feature was measured" in markdown([], [], 2.0)

@@ -1,5 +1,6 @@
 """`mind-atlas serve` in a process of its own."""
 
+import json
 import os
 import re
 import subprocess
@@ -7,10 +8,13 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipelines.serving import ServeError, serve
-from sae_core.artifacts import ArtifactError
+from sae_core.artifacts import ArtifactError, ArtifactStore
+from sae_core.atlas import Atlas
+from sae_core.steers import SteeringError
 
 
 @pytest.mark.parametrize(
@@ -39,8 +43,28 @@ def test_without_an_atlas_the_server_says_how_to_make_one(tmp_path: Path, monkey
         serve("", "127.0.0.1", 0, False)
 
 
+@pytest.mark.parametrize(
+    ("steered", "message"),
+    [
+        ("loud", "write NAME=FEATURE:STRENGTH"),
+        ("=1:2", "write NAME=FEATURE:STRENGTH"),
+        ("loud=one:2", "write FEATURE:STRENGTH"),
+        ("loud=64:2", "the steered model loud: feature 64 does not exist"),
+        ("loud=1:nan", "the steered model loud: feature 1: strength nan is no number"),
+        ("loud=1:2,1:3", "a feature is steered twice"),
+    ],
+)
+def test_a_steered_model_that_cannot_be_is_refused_before_anything_is_served(
+    tiny_atlas: Path, monkeypatch: pytest.MonkeyPatch, steered: str, message: str
+):
+    monkeypatch.setenv("MIND_ATLAS_HOME", str(tiny_atlas))
+    with pytest.raises(SteeringError, match=message):
+        serve("", "127.0.0.1", 0, False, [steered])
+
+
 def test_the_command_serves_on_loopback_and_says_where(tiny_atlas: Path):
-    command = [sys.executable, "-m", "pipelines.cli", "serve", "--port", "0"]
+    alive = int(np.argmax(Atlas.open(ArtifactStore(tiny_atlas)).features.table()["max_act"].to_numpy()))
+    command = [sys.executable, "-m", "pipelines.cli", "serve", "--port", "0", "--steered", f"loud={alive}:4"]
     environment = os.environ | {"MIND_ATLAS_HOME": str(tiny_atlas)}
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     try:
@@ -48,6 +72,8 @@ def test_the_command_serves_on_loopback_and_says_where(tiny_atlas: Path):
         (address,) = re.findall(r"http://127\.0\.0\.1:\d+/", server.stderr.readline())
         with urllib.request.urlopen(address) as page:
             assert "tiny-llama" in page.read().decode()
+        with urllib.request.urlopen(f"{address}v1/models") as models:
+            assert [model["id"] for model in json.load(models)["data"]] == ["tiny-llama", "tiny-llama+loud"]
     finally:
         server.terminate()
         server.wait(20)

@@ -1,0 +1,63 @@
+"""Streams of tokens on their way to a client, which may go away at any time."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from sae_core.serve.live import LiveError
+from sae_core.serve.turns import Stream
+from sae_core.steers import Method, Steer
+
+T = TypeVar("T")
+
+_LOOK = 0.1  # seconds between two looks whether anyone still waits for an answer
+
+
+class SteerField(BaseModel):
+    """What is done to one feature, as requests say it."""
+
+    model_config = ConfigDict(extra="forbid")
+    feature: int
+    strength: float
+    method: Method = "clamp"
+
+    @property
+    def steer(self) -> Steer:
+        return Steer(self.feature, self.strength, self.method)
+
+
+def event(data: dict[str, Any]) -> str:
+    """A server-sent event."""
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+async def next_item(request: Request, items: Stream[T]) -> T | None:
+    """The next item, None after the last; raises LiveError when the client went away meanwhile."""
+    waiting = asyncio.ensure_future(anext(items, None))
+    try:
+        while not (await asyncio.wait({waiting}, timeout=_LOOK))[0]:
+            if await request.is_disconnected():
+                raise LiveError("nobody waits for the answer any more", 499)
+        return waiting.result()
+    finally:
+        waiting.cancel()
+
+
+class EventStream(StreamingResponse):
+    """Events that are made from a stream. It is closed in any case: also when no byte could be sent."""
+
+    def __init__(self, events: AsyncIterator[str], made_from: Stream[Any]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._made_from = made_from
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._made_from.close()
