@@ -139,7 +139,9 @@ def test_steering_changes_what_is_written_by_features_of_what_is_read(
     coders: Coders, lm: LanguageModel, ids: Tensor
 ) -> None:
     d = coders.dictionary
-    max_acts = torch.tensor(Features.open(coders.store.get("features", coders.spec.slug).folder).table()["max_act"])
+    max_acts = torch.tensor(
+        Features.open(coders.store.get("features", coders.spec.slug).folder).table()["max_act"].to_numpy()
+    )
     feature = int(max_acts.argmax())
     f = d.encode(lm.capture("mlp_in", 2, ids).flatten(0, 1))[:, feature].view(*ids.shape, 1)
     change = (3 * max_acts[feature] - f) * d.W_dec[feature]
