@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sae_core.by_feature import ByFeature
 from sae_core.errors import MindAtlasError
 from sae_core.settings import DOCUMENTED
 
@@ -104,6 +104,18 @@ class Features:
                 raise FeatureError(f"{path} is missing: make the features again with `mind-atlas run`")
         return found
 
+    def __len__(self) -> int:
+        """Number of features, dead ones too."""
+        return len(self._rows)
+
+    @cached_property
+    def _rows(self) -> ByFeature:
+        return ByFeature(self.features_path)
+
+    @cached_property
+    def _examples(self) -> ByFeature:
+        return ByFeature(self.examples_path)
+
     @cached_property
     def _table(self) -> pa.Table:
         return pq.read_table(self.features_path)
@@ -114,15 +126,13 @@ class Features:
 
     def feature(self, feature: int) -> FeatureRow:
         """What is known of a feature. Raises FeatureError when there is no such feature."""
-        n = self._table.num_rows
-        if not 0 <= feature < n:
-            raise FeatureError(f"there is no feature {feature}: this dictionary has features 0 to {n - 1}")
-        return FeatureRow(**self._table.slice(feature, 1).to_pylist()[0])
+        if not 0 <= feature < len(self):
+            raise FeatureError(f"there is no feature {feature}: this dictionary has features 0 to {len(self) - 1}")
+        return FeatureRow(**self._rows.rows(feature)[0])
 
     def examples(self, feature: int) -> list[Example]:
         """The feature's examples, strongest first; none for a dead feature."""
-        rows = pq.read_table(self.examples_path, filters=pc.field("feature") == feature)
-        return [Example(**row) for row in rows.to_pylist()]
+        return [Example(**row) for row in self._examples.rows(feature)]
 
     def sample(self) -> Sample:
         """The sample of the corpus. Raises FeatureError when there is none."""

@@ -226,7 +226,7 @@ _LISTED = 8
 def feature_view(atlas: Atlas, feature: int) -> FeatureView:
     """Everything about one feature. Raises FeatureError when there is no such feature."""
     card = atlas.feature(feature)
-    n = atlas.features.table().num_rows
+    n = len(atlas.features)
     return FeatureView(
         dictionary=atlas.dictionary,
         corpus=atlas.site.corpus,
