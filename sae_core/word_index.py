@@ -246,9 +246,8 @@ def _make(folders: dict[str, Path], home: Path, key: str) -> None:
     with duckdb.connect(config=settings) as database:
         for table, (stage, file) in _TABLES.items():
             if stage in folders:
-                database.execute(
-                    f"CREATE VIEW {table} AS SELECT * FROM read_parquet('{_quoted(folders[stage] / file)}')"
-                )
+                path = str(folders[stage] / file).replace("'", "''")
+                database.execute(f"CREATE VIEW {table} AS SELECT * FROM read_parquet('{path}')")
         fields = _write_texts(database, set(folders), draft)
         _write_terms(database, draft)
     shutil.rmtree(draft / "spill", ignore_errors=True)
