@@ -41,7 +41,9 @@ AtlasRun = launchpad(RetrainingSettings)
 )
 def atlas(context: dg.AssetExecutionContext, config: AtlasRun, workshop: Workshop) -> dg.MaterializeResult:
     """The generation that readers see: promoted when no check fails and nothing is worse than in the one before."""
+    from sae_core.generations import served
     from sae_core.promotion import build_atlas
+    from sae_core.word_index import WordIndex
 
     result = workshop.make(
         context, "retraining", config,
@@ -51,6 +53,7 @@ def atlas(context: dg.AssetExecutionContext, config: AtlasRun, workshop: Worksho
         _report,
     )  # fmt: skip
     workshop.collect(context.partition_key)
+    WordIndex.open(served(workshop.store, context.partition_key), context.partition_key)  # so that no reader waits
     return result
 
 

@@ -42,11 +42,12 @@ _TABLES = {
     "map": ("feature_map", "map.parquet"),
     "steering": ("steering", "scores.parquet"),
     "training": ("dictionary", "metrics.parquet"),
+    "lineage": ("dictionary", "lineage.parquet"),
     "documents": ("corpus", "documents.parquet"),
 }
 """Stage and file of each table; an artifact's slug is the column `dictionary`, for `documents` the column `corpus`."""
 
-_BY_FEATURE = ("labels", "neighbors", "map", "steering")
+_BY_FEATURE = ("labels", "neighbors", "map", "steering", "lineage")
 """Tables whose rows are asked for feature by feature."""
 
 _SATURATION = 1.2  # k1 of BM25 (Robertson and Zaragoza 2009): the tenth example with a word adds less than the first
@@ -98,6 +99,25 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
+class Ancestor:
+    """What a feature was before a retraining."""
+
+    __pydantic_config__ = DOCUMENTED
+
+    generation: int
+    """The generation that the retraining made."""
+    fate: str
+    """`kept`: the same; `moved`: the same, much changed; `split`: a second one like an old one; `merged`: an old one
+    that went up in it; `born`: like none before."""
+    previous: int | None
+    """Its number in the generation before."""
+    cosine: float
+    """Of the decoder rows before and after."""
+    correlation: float
+    """Of the activations before and after, on the same tokens."""
+
+
+@dataclass(frozen=True, slots=True)
 class FeatureCard:
     """One feature with everything about it. What a stage that is not made yet would tell is None or empty."""
 
@@ -111,6 +131,8 @@ class FeatureCard:
     place: Place | None
     steering: dict[str, Any] | None
     """Its row of `scores.parquet`: how well it steers."""
+    history: list[Ancestor]
+    """Newest first; empty where the dictionary was never trained again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +313,32 @@ class Atlas:
         some = np.array(sorted(languages), np.int64)
         return self._hits(some, total, ALL, "relevance", limit, 0, lambda i: _why("languages", "", languages[i]))
 
+    def newest(self, limit: int = 20) -> list[Hit]:
+        """Features that the last retraining brought, most often firing first; none where there was none."""
+        if "lineage" not in self._tables:
+            return []
+        last = "generation = (SELECT max(generation) FROM lineage)"
+        rows = self._query(f"SELECT feature, fate FROM lineage WHERE fate IN ('born', 'split') AND {last}")
+        fates = dict(rows)
+        some = np.array(sorted(fates), np.int64)
+        total = np.zeros(len(self.features))
+        return self._hits(some, total, Filters(alive=True), "density", limit, 0, lambda i: fates[i])
+
+    def history(self, feature: int) -> list[Ancestor]:
+        """What became of a feature from one retraining to the next, newest first, as far back as it is the same."""
+        found: list[Ancestor] = []
+        at, number = None, feature
+        while rows := [r for r in self._about(number, "lineage") if at is None or r["generation"] == at]:
+            at = max(row["generation"] for row in rows)
+            lines = [Ancestor(at, r["fate"], r["previous"], r["cosine"], r["correlation"])
+                     for r in rows if r["generation"] == at]  # fmt: skip
+            found += lines
+            own = next((line for line in lines if line.fate in {"kept", "moved"}), None)
+            if own is None or own.previous is None:
+                break
+            at, number = at - 1, own.previous
+        return found
+
     def documents(self, numbers: Iterable[int]) -> dict[int, dict[str, str]]:
         """Source, title and language of documents, by number; nothing for those that are not there any more."""
         known = self._documents
@@ -364,6 +412,7 @@ class Atlas:
             neighbors=[Neighbor(n["neighbor"], self.name(n["neighbor"]), n["cosine"]) for n in nearest],
             place=Place(place[0]["x"], place[0]["y"], place[0]["cluster"]) if place else None,
             steering=next(iter(self._about(feature, "steering")), None),
+            history=self.history(feature),
         )
 
     def suggested_strength(self, feature: int) -> float | None:

@@ -143,7 +143,7 @@ def _write(
             features_file.write_table(_feature_table(features, found, counts, settings, sources))
             examples = _example_table(features, found, pool.choose(), settings, sources, store)
             examples_file.write_table(examples, row_group_size=ROW_GROUP)
-            firings_file.write_table(firings_in(sampled, features, store.read(features)))
+            firings_file.write_table(firings_in(sampled, features, store.read(features)), row_group_size=32 * ROW_GROUP)
             n_fired.append(found.n_fired)
             report(features.stop, d_sae, "features")
     return np.concatenate(n_fired)
