@@ -41,15 +41,19 @@ AtlasRun = launchpad(RetrainingSettings)
 )
 def atlas(context: dg.AssetExecutionContext, config: AtlasRun, workshop: Workshop) -> dg.MaterializeResult:
     """The generation that readers see: promoted when no check fails and nothing is worse than in the one before."""
+    from sae_core.generations import served
     from sae_core.promotion import build_atlas
+    from sae_core.word_index import WordIndex
 
-    return workshop.make(
+    result = workshop.make(
         context, "retraining", config,
         lambda order, draft, report: build_atlas(
             order.study.retraining, draft.parents, workshop.store, draft.folder, workshop.verdicts(order, draft.parents)
         ),
         _report,
     )  # fmt: skip
+    WordIndex.open(served(workshop.store, context.partition_key), context.partition_key)  # so that no reader waits
+    return result
 
 
 def _report(made: Made) -> dict[str, Any]:

@@ -27,14 +27,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sae_core.artifacts import ArtifactStore, Recipe
+from sae_core.by_feature import ROW_GROUP
 from sae_core.features.build import _EXAMPLES, _FEATURES, _lists
 from sae_core.labels.reader import SCHEMA
 from sae_core.neighbor_index import INDEX, NeighborIndex
 from sae_core.neighbors import _table, build_index, nearest, recall
 from sae_core.study import NeighborSettings
+from sae_core.word_index import WordIndex
 
 SITE = "synthetic.resid_post.L00.synthetic"
-D_MODEL, EXAMPLES, TOKENS, GROUP = 128, 4, 16, 1024
+D_MODEL, EXAMPLES, TOKENS, GROUP = 128, 4, 16, 256  # features of a group as in the features stage
 READERS = 20
 LIMITS = {
     "feature page, p95 ms": 50.0, "word search, p95 ms": 150.0, "neighbor query, p95 ms": 20.0,
@@ -48,15 +50,17 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=50_000)
     parser.add_argument("--requests", type=int, default=400, help="of each kind")
     parser.add_argument("--home", type=Path, help="keep the synthetic atlas here, and use it again")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds that a reader reads before asking again")
+    parser.add_argument("--no-neighbors", action="store_true", help="make no index of neighbors, which takes longest")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         store = ArtifactStore(options.home or Path(scratch))
         slug = f"{SITE}.batch_top_k.w{options.features}.k32"
-        found = make(store, slug, options.features)
+        found = make(store, slug, options.features, not options.no_neighbors)
         show(found | measure(store, slug, options))
 
 
-def make(store: ArtifactStore, slug: str, n: int) -> dict[str, float]:
+def make(store: ArtifactStore, slug: str, n: int, with_neighbors: bool = True) -> dict[str, float]:
     """Write the artifacts of `n` features, batch by batch; returns sizes and the recall of the index."""
     rng, words = np.random.default_rng(0), pa.array([f" {w}" for w in _words(20_000)])
     settings = NeighborSettings()
@@ -69,7 +73,7 @@ def make(store: ArtifactStore, slug: str, n: int) -> dict[str, float]:
             for start in range(0, n, GROUP):
                 ids = np.arange(start, min(start + GROUP, n))
                 rows.write_table(feature_rows(ids, words, rng))
-                examples.write_table(example_rows(ids, words, rng))
+                examples.write_table(example_rows(ids, words, rng), row_group_size=ROW_GROUP)
         return {"n_features": n}
 
     def labels(draft: Any) -> dict[str, Any]:
@@ -78,14 +82,15 @@ def make(store: ArtifactStore, slug: str, n: int) -> dict[str, float]:
         columns = {"feature": np.arange(n), "label": names, "lexical": names, "status": ["written"] * n}
         blank = {f.name: pa.nulls(n, f.type) for f in SCHEMA if f.name not in columns}
         table = pa.table({f.name: (columns | blank)[f.name] for f in SCHEMA}, SCHEMA)
-        pq.write_table(table, draft.folder / "labels.parquet")
+        pq.write_table(table, draft.folder / "labels.parquet", row_group_size=ROW_GROUP)
         return {}
 
     def neighbors(draft: Any) -> dict[str, Any]:
         rows = clustered(n, rng)
         index = build_index(rows, settings)
         faiss.write_index(index, str(draft.folder / INDEX))
-        pq.write_table(_table(*nearest(index, rows, np.arange(n), settings.count)), draft.folder / "neighbors.parquet")
+        table = _table(*nearest(index, rows, np.arange(n), settings.count))
+        pq.write_table(table, draft.folder / "neighbors.parquet", row_group_size=8 * ROW_GROUP)
         return {"recall_at_10": recall(index, rows)}
 
     def feature_map(draft: Any) -> dict[str, Any]:
@@ -93,16 +98,21 @@ def make(store: ArtifactStore, slug: str, n: int) -> dict[str, float]:
         place = rng.normal(size=(501, 2)) * 8
         spots = (place[cluster + 1] + rng.normal(size=(n, 2))).astype(np.float32)
         columns = {"feature": np.arange(n, dtype=np.int32), "x": spots[:, 0], "y": spots[:, 1]}
-        pq.write_table(pa.table(columns | {"cluster": cluster.astype(np.int32)}), draft.folder / "map.parquet")
+        table = pa.table(columns | {"cluster": cluster.astype(np.int32)})
+        pq.write_table(table, draft.folder / "map.parquet", row_group_size=8 * ROW_GROUP)
         return {}
 
     sizes, start = {}, time.perf_counter()
-    for build in (features, labels, neighbors, feature_map):
+    stages = (features, labels, neighbors, feature_map) if with_neighbors else (features, labels, feature_map)
+    for build in stages:
         made = store.make(Recipe(build.__name__, slug, 1, {"n": n, "levels": 5}), build)
         sizes[f"{build.__name__}, MB"] = sum(file["bytes"] for file in made.manifest.files.values()) / 1e6
         if "recall_at_10" in made.manifest.summary:
             sizes["recall@10"] = made.manifest.summary["recall_at_10"]
-    return sizes | {"made in, s": time.perf_counter() - start}
+    sizes["made in, s"], start = time.perf_counter() - start, time.perf_counter()
+    WordIndex.open(store, slug)
+    sizes["words, MB"] = sum(path.stat().st_size for path in (store.root / "search").rglob("*")) / 1e6
+    return sizes | {"words gathered in, s": time.perf_counter() - start}
 
 
 def _words(n: int) -> list[str]:
@@ -169,8 +179,8 @@ def measure(store: ArtifactStore, slug: str, options: argparse.Namespace) -> dic
         base = f"http://127.0.0.1:{port}"
         wait(f"{base}/f/{slug}/0")
         found = {"start to first page, s": time.perf_counter() - start}
-        found |= asyncio.run(ask(base, slug, options))
-        found |= near(store, slug, options)
+        found |= asyncio.run(ask(base, slug, options, server.pid))
+        found |= {} if options.no_neighbors else near(store, slug, options)
         found["map, first paint, s"] = first_paint(f"{base}/map")
         found["memory, GB"] = resident(server.pid)
     finally:
@@ -190,34 +200,40 @@ def wait(address: str) -> None:
     raise SystemExit("the server did not start within a minute")
 
 
-async def ask(base: str, slug: str, options: argparse.Namespace) -> dict[str, float]:
-    """The requests, READERS at a time, after one of each kind to warm up."""
+async def ask(base: str, slug: str, options: argparse.Namespace, server: int) -> dict[str, float]:
+    """The requests, READERS at a time, after one of each kind to warm up; and the processor time that each took."""
     rng, words = random.Random(1), _words(20_000)
     kinds: dict[str, Callable[[], str]] = {
         "feature page": lambda: f"{base}/f/{slug}/{rng.randrange(options.features)}",
         "word search": lambda: f"{base}/api/search?q={rng.choice(words[:2000])}",
-        "neighborhood page": lambda: f"{base}/near/{slug}/{rng.randrange(options.features)}",
     }
+    if not options.no_neighbors:
+        kinds["neighborhood page"] = lambda: f"{base}/near/{slug}/{rng.randrange(options.features)}"
     found = {}
     async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=READERS)) as client:
         for kind, address in kinds.items():
             begin = time.perf_counter()
             (await client.get(address())).raise_for_status()
             found[f"{kind}, first, s"] = time.perf_counter() - begin
-            times = await at_once(lambda address=address: timed(client, address()), options.requests)
+            busy = processor_seconds(server)
+            times = await at_once(
+                lambda address=address: timed(client, address()), options.requests, options.pause, rng
+            )
+            found[f"{kind}, server CPU ms each"] = 1000 * (processor_seconds(server) - busy) / options.requests
             found[f"{kind}, p50 ms"] = 1000 * statistics.median(times)
             found[f"{kind}, p95 ms"] = 1000 * float(np.percentile(times, 95))
     return found
 
 
-async def at_once(request: Callable[[], Awaitable[float]], count: int) -> list[float]:
-    """`count` requests by READERS readers, each asking again as soon as it is answered."""
+async def at_once(request: Callable[[], Awaitable[float]], count: int, pause: float, rng: random.Random) -> list[float]:
+    """`count` requests by READERS readers, each asking again after it has read for `pause` seconds in the mean."""
     left, times = count, []
 
     async def reader() -> None:
         nonlocal left
         while left > 0:
             left -= 1
+            await asyncio.sleep(rng.uniform(0, 2 * pause))
             times.append(await request())
 
     await asyncio.gather(*(reader() for _ in range(READERS)))
@@ -265,8 +281,15 @@ def resident(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
+def processor_seconds(pid: int) -> float:
+    """Processor time that a process has taken, which hangs less on what else the machine does than the clock."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def show(found: dict[str, float]) -> None:
-    """The table."""
+    """The table, with the load of the machine: beside other work, times are upper bounds."""
+    print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     for name, value in found.items():
         limit = LIMITS.get(name)
         told = "" if limit is None else f"limit {limit:g}: {'met' if value <= limit else 'not met'}"

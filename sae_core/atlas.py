@@ -4,25 +4,30 @@ Every answer is a query on the Parquet files that the stages made; `write_views`
 one DuckDB file. Light until `Atlas.explain`, which needs the language model and therefore torch.
 """
 
-import re
+import math
 import threading
-import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from filelock import FileLock
+from jaxtyping import Bool, Float32, Float64, Int64
 
 from sae_core.artifacts import ArtifactError, ArtifactStore, Made, write_atomically
+from sae_core.by_feature import ByFeature
 from sae_core.errors import MindAtlasError
 from sae_core.features import Example, FeatureRow, Features
 from sae_core.generations import served
 from sae_core.labels.reader import BEST_SCORE
 from sae_core.names import DictionarySpec, Site
 from sae_core.settings import DOCUMENTED
+from sae_core.word_index import FIELDS, WordIndex, terms
 
 if TYPE_CHECKING:
     from sae_core.dictionary import Dictionary
@@ -37,24 +42,16 @@ _TABLES = {
     "map": ("feature_map", "map.parquet"),
     "steering": ("steering", "scores.parquet"),
     "training": ("dictionary", "metrics.parquet"),
+    "lineage": ("dictionary", "lineage.parquet"),
     "documents": ("corpus", "documents.parquet"),
 }
 """Stage and file of each table; an artifact's slug is the column `dictionary`, for `documents` the column `corpus`."""
 
-_FIELDS = {
-    "label": (8.0, "SELECT feature, label FROM labels"),
-    "description": (4.0, "SELECT feature, description FROM labels"),
-    "lexical label": (3.0, "SELECT feature, lexical FROM labels"),
-    "promoted token": (2.0, "SELECT feature, unnest(promoted) FROM features"),
-    "top token": (2.0, "SELECT feature, unnest(top_tokens) FROM features"),
-    "example": (1.0, "SELECT feature, array_to_string(tokens, '') FROM examples"),
-}
-"""What is searched, and how much a word there counts: what a person or a model said of the feature comes first."""
+_BY_FEATURE = ("labels", "neighbors", "map", "steering", "lineage")
+"""Tables whose rows are asked for feature by feature."""
 
 _SATURATION = 1.2  # k1 of BM25 (Robertson and Zaragoza 2009): the tenth example with a word adds less than the first
-_MAX_TERMS = 16
 _SNIPPET = 40  # characters shown on each side of a match
-_UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 
 
 class SearchError(MindAtlasError):
@@ -102,6 +99,25 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
+class Ancestor:
+    """What a feature was before a retraining."""
+
+    __pydantic_config__ = DOCUMENTED
+
+    generation: int
+    """The generation that the retraining made."""
+    fate: str
+    """`kept`: the same; `moved`: the same, much changed; `split`: a second one like an old one; `merged`: an old one
+    that went up in it; `born`: like none before."""
+    previous: int | None
+    """Its number in the generation before."""
+    cosine: float
+    """Of the decoder rows before and after."""
+    correlation: float
+    """Of the activations before and after, on the same tokens."""
+
+
+@dataclass(frozen=True, slots=True)
 class FeatureCard:
     """One feature with everything about it. What a stage that is not made yet would tell is None or empty."""
 
@@ -115,6 +131,8 @@ class FeatureCard:
     place: Place | None
     steering: dict[str, Any] | None
     """Its row of `scores.parquet`: how well it steers."""
+    history: list[Ancestor]
+    """Newest first; empty where the dictionary was never trained again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,14 +179,32 @@ class Filters(NamedTuple):
 ALL = Filters()
 
 SORTS = {
-    "relevance": "total DESC",
-    "density": "density DESC",
-    "rarity": "density",
-    "strength": "max_act DESC",
-    "score": "label_score DESC NULLS LAST",
-    "number": "feature",
+    "relevance": ("total", -1),
+    "density": ("density", -1),
+    "rarity": ("density", 1),
+    "strength": ("max_act", -1),
+    "score": ("label_score", -1),
+    "number": ("feature", 1),
 }
-"""How found features may be sorted."""
+"""How found features may be sorted: by what, from the least (1) or the largest (-1) on; unknown values come last."""
+
+
+class _Columns(NamedTuple):
+    """What is filtered and sorted by, of every feature."""
+
+    density: Float64[np.ndarray, " d_sae"]
+    max_act: Float32[np.ndarray, " d_sae"]
+    n_fired: Int64[np.ndarray, " d_sae"]
+    label_score: Float64[np.ndarray, " d_sae"]
+    """NaN where there is none."""
+    cluster: Int64[np.ndarray, " d_sae"]
+    """`_NOWHERE` where it has no place on the map."""
+    kind: pa.Array
+    is_written: Bool[np.ndarray, " d_sae"]
+    beats_control: pa.Array
+
+
+_NOWHERE = -2
 
 
 class Atlas:
@@ -180,6 +216,11 @@ class Atlas:
         self._lock = threading.Lock()
         self._database = duckdb.connect(config={"autoinstall_known_extensions": "false"})
         self._tables = set(_create_views(self._database, self.store, [dictionary]))
+        paths = {table: self.store.get(_TABLES[table][0], dictionary).folder / _TABLES[table][1]
+                 for table in _BY_FEATURE if table in self._tables}  # fmt: skip
+        self._files = {table: ByFeature(path) for table, path in paths.items()}
+        self._index: WordIndex | None = None
+        self._sorted_by: _Columns | None = None
 
     @classmethod
     def open(cls, store: ArtifactStore, dictionary: str = "") -> "Atlas":
@@ -207,7 +248,7 @@ class Atlas:
 
     def name(self, feature: int) -> str:
         """The feature's label, or its lexical label where none was written; empty before labels are made."""
-        return self._names.get(feature, "")
+        return self._names[feature].as_py() if self._names is not None else ""
 
     def search(
         self, query: str, limit: int = 20, filters: Filters = ALL, sort: str = "relevance", offset: int = 0
@@ -221,32 +262,36 @@ class Atlas:
         Raises:
             SearchError: the query holds no word.
         """
-        terms = _terms(query)
-        if not terms:
+        words = terms(query)
+        if not words:
             raise SearchError(f"{query!r} holds no word to search for: give one or more words")
-        self._ensure_texts()
-        one_term = (
-            "SELECT feature, field, weight, ? AS term, count(*) AS n, min(text) AS text FROM texts "
-            "WHERE regexp_matches(text, ?) GROUP BY feature, field, weight"
-        )
-        found = f"""
-            WITH found AS ({" UNION ALL ".join([one_term] * len(terms))}),
-            rarity AS (
-                SELECT term, ln(1 + ((SELECT count(*) FROM features) - count(DISTINCT feature) + 0.5)
-                                     / (count(DISTINCT feature) + 0.5)) AS idf
-                FROM found GROUP BY term),
-            scored AS (SELECT *, weight * idf * n / (n + {_SATURATION}) AS score FROM found JOIN rarity USING (term))
-            SELECT feature, sum(score) * count(DISTINCT term) / {len(terms)} AS total,
-                arg_max({{field: field, term: term, text: text}}, (score, field, term)) AS why
-            FROM scored GROUP BY feature"""
-        parameters = [part for term in terms for part in (term, _pattern(term))]
-        return self._hits(found, parameters, filters, sort, limit, offset)
+        index, parts = self._words(), []
+        words = [term for term in words if not index.is_common(term)]
+        total, n_terms = np.zeros(len(self.features)), np.zeros(len(self.features), np.int8)
+        for term in words:
+            found, holds = index.find(term), np.zeros(len(self.features), bool)
+            for part in found:
+                holds[part.features] = True
+            n_terms += holds
+            idf = math.log(1 + (len(holds) - holds.sum() + 0.5) / (holds.sum() + 0.5))
+            for part in found:
+                scores = FIELDS[part.field][0] * idf * part.counts / (part.counts + _SATURATION)
+                total[part.features] += scores
+                parts.append((term, part, scores))
+        total *= n_terms / len(words)
+
+        def why(feature: int) -> str:
+            places = ((*part, int(np.searchsorted(part[1].features, feature))) for part in parts)
+            held = (x for x in places if x[3] < len(x[2]) and x[1].features[x[3]] == feature)
+            term, part, _, place = max(held, key=lambda x: (x[2][x[3]], x[1].field, x[0]))
+            return _why(part.field, term, index.first_text(part, place))
+
+        return self._hits(np.flatnonzero(n_terms), total, filters, sort, limit, offset, why)
 
     def browse(self, limit: int = 20, filters: Filters = ALL, sort: str = "number", offset: int = 0) -> list[Hit]:
         """Features that pass the filters, without a search. Raises SearchError when there is no such order."""
-        return self._hits(
-            "SELECT feature, 0::DOUBLE AS total, NULL AS why FROM features", [], filters, sort, limit, offset
-        )
+        every = np.arange(len(self.features))
+        return self._hits(every, np.zeros(len(every)), filters, sort, limit, offset)
 
     def multilingual(self, limit: int = 20) -> list[Hit]:
         """Features whose strongest examples are spread most evenly over languages (largest entropy first).
@@ -256,21 +301,53 @@ class Atlas:
         if "documents" not in self._tables or "language" not in self._columns("documents"):
             return []
         found = """
-            SELECT feature, -sum(n / total * ln(n / total)) AS total, {field: 'languages', term: '',
-                text: string_agg(language, ', ' ORDER BY n DESC, language)} AS why
+            SELECT feature, -sum(n / total * ln(n / total)) AS total,
+                string_agg(language, ', ' ORDER BY n DESC, language) AS languages
             FROM (SELECT feature, language, count(*) AS n, sum(count(*)) OVER (PARTITION BY feature) AS total
                   FROM examples JOIN documents USING (document) WHERE language <> '' AND examples.kind = 'top'
                   GROUP BY feature, language)
             GROUP BY feature HAVING count(*) > 1"""
-        return self._hits(found, [], ALL, "relevance", limit, 0)
+        rows = self._query(f"{found} ORDER BY total DESC, feature LIMIT ?", [limit])
+        total, languages = np.zeros(len(self.features)), {feature: text for feature, _, text in rows}
+        total[list(languages)] = [entropy for _, entropy, _ in rows]
+        some = np.array(sorted(languages), np.int64)
+        return self._hits(some, total, ALL, "relevance", limit, 0, lambda i: _why("languages", "", languages[i]))
+
+    def newest(self, limit: int = 20) -> list[Hit]:
+        """Features that the last retraining brought, most often firing first; none where there was none."""
+        if "lineage" not in self._tables:
+            return []
+        last = "generation = (SELECT max(generation) FROM lineage)"
+        rows = self._query(f"SELECT feature, fate FROM lineage WHERE fate IN ('born', 'split') AND {last}")
+        fates = dict(rows)
+        some = np.array(sorted(fates), np.int64)
+        total = np.zeros(len(self.features))
+        return self._hits(some, total, Filters(alive=True), "density", limit, 0, lambda i: fates[i])
+
+    def history(self, feature: int) -> list[Ancestor]:
+        """What became of a feature from one retraining to the next, newest first, as far back as it is the same."""
+        found: list[Ancestor] = []
+        at, number = None, feature
+        while rows := [r for r in self._about(number, "lineage") if at is None or r["generation"] == at]:
+            at = max(row["generation"] for row in rows)
+            lines = [Ancestor(at, r["fate"], r["previous"], r["cosine"], r["correlation"])
+                     for r in rows if r["generation"] == at]  # fmt: skip
+            found += lines
+            own = next((line for line in lines if line.fate in {"kept", "moved"}), None)
+            if own is None or own.previous is None:
+                break
+            at, number = at - 1, own.previous
+        return found
 
     def documents(self, numbers: Iterable[int]) -> dict[int, dict[str, str]]:
         """Source, title and language of documents, by number; nothing for those that are not there any more."""
-        if not {"source", "title", "language"} <= self._columns("documents"):
+        known = self._documents
+        if known is None:
             return {}
-        sql = "SELECT document, source, title, language FROM documents WHERE document IN (SELECT unnest(?::INT[]))"
-        rows = self._query(sql, [list(numbers)])
-        return {number: {"source": a, "title": b, "language": c} for number, a, b, c in rows}
+        wanted = np.array(sorted(set(numbers)), np.int64)
+        at = np.searchsorted(known["document"].to_numpy(), wanted)
+        rows = known.take(pa.array(at[at < len(known)])).to_pylist()
+        return {row.pop("document"): row for row in rows if row["document"] in wanted}
 
     def together(self, feature: int, limit: int = 10) -> list[tuple[int, int]]:
         """Features at whose examples' peaks this one fires too, within its own examples: (feature, number of peaks).
@@ -294,70 +371,53 @@ class Atlas:
         return "scores" in self._columns("labels") and bool(self._query(asked)[0][0])
 
     def _hits(
-        self, found: str, parameters: list[Any], filters: Filters, sort: str, limit: int, offset: int
-    ) -> list[Hit]:
-        """The features of a query with columns feature, total and why, filtered and in order."""
+        self, features: Int64[np.ndarray, " n"], total: Float64[np.ndarray, " d_sae"], filters: Filters, sort: str,
+        limit: int, offset: int, why: Callable[[int], str] = lambda feature: "",
+    ) -> list[Hit]:  # fmt: skip
+        """Some features, filtered and in order; `total` is the relevance of every feature."""
         if sort not in SORTS:
             raise SearchError(f"{sort!r} is no order: choose one of {', '.join(SORTS)}")
-        score = BEST_SCORE if self.has_scores else "NULL::DOUBLE"
-        nothing = "SELECT NULL::INT AS feature, '' AS label, '' AS kind, NULL::INT AS cluster"
-        labels = f"SELECT feature, label, kind, {score} AS label_score FROM labels"
-        labels = labels if "kind" in self._columns("labels") else f"SELECT *, {score} AS label_score FROM ({nothing})"
-        places = "SELECT feature, cluster FROM map" if "map" in self._tables else nothing
-        where = ["density BETWEEN ? AND ?"]
-        values: list[float | str] = [filters.min_density, filters.max_density]
-        for condition, value in (
-            ("labels.label_score >= ?", filters.min_score),
-            ("labels.kind = ?", filters.kind or None),
-            ("places.cluster = ?", filters.cluster),
-            ("coalesce(labels.label, '') > ?", "" if filters.written else None),
-            ("n_fired > ?", 0 if filters.alive else None),
-        ):
-            if value is not None:
-                where.append(condition)
-                values.append(value)
-        sql = f"""
-            SELECT feature, total, why, density, max_act, labels.kind, labels.label_score, places.cluster
-            FROM ({found}) JOIN features USING (feature)
-            LEFT JOIN ({labels}) labels USING (feature) LEFT JOIN ({places}) places USING (feature)
-            WHERE {" AND ".join(where)} ORDER BY {SORTS[sort]}, feature LIMIT ? OFFSET ?"""
+        of, direction = SORTS[sort]
+        columns = self._columns_of_features()
+        features = features[_passing(columns, filters)[features]]
+        keys = {"total": total, "feature": np.arange(len(total))}.get(of)
+        keys = direction * (getattr(columns, of) if keys is None else keys)[features]
         return [
             Hit(
-                i,
-                self.name(i),
-                total,
-                _why(**why) if why else "",
-                density,
-                max_act,
-                kind or "",
-                label_score,
-                cluster,
-                self._beats_control.get(i),
+                feature=i,
+                label=self.name(i),
+                score=float(total[i]),
+                why=why(i),
+                density=float(columns.density[i]),
+                max_act=float(columns.max_act[i]),
+                kind=columns.kind[i].as_py() or "",
+                label_score=_known(columns.label_score[i]),
+                cluster=None if columns.cluster[i] == _NOWHERE else int(columns.cluster[i]),
+                beats_control=columns.beats_control[i].as_py(),
             )
-            for i, total, why, density, max_act, kind, label_score, cluster in self._query(
-                sql, [*parameters, *values, limit, offset]
-            )
+            for i in features[_least(keys, offset + limit)[offset:]].tolist()
         ]
 
     def feature(self, feature: int, neighbors: int = 10) -> FeatureCard:
         """Everything about one feature. Raises FeatureError when there is no such feature."""
         row = self.features.feature(feature)
-        labels = self._about(feature, "labels", "*")
-        nearest = self._about(feature, "neighbors", "neighbor, cosine", f"ORDER BY rank LIMIT {int(neighbors)}")
-        place = self._about(feature, "map", "x, y, cluster")
+        labels = self._about(feature, "labels")
+        nearest = sorted(self._about(feature, "neighbors"), key=lambda row: row["rank"])[:neighbors]
+        place = self._about(feature, "map")
         return FeatureCard(
             row=row,
             name=self.name(feature),
             label=labels[0] if labels else None,
             examples=self.features.examples(feature),
             neighbors=[Neighbor(n["neighbor"], self.name(n["neighbor"]), n["cosine"]) for n in nearest],
-            place=Place(**place[0]) if place else None,
-            steering=next(iter(self._about(feature, "steering", "*")), None),
+            place=Place(place[0]["x"], place[0]["y"], place[0]["cluster"]) if place else None,
+            steering=next(iter(self._about(feature, "steering")), None),
+            history=self.history(feature),
         )
 
     def suggested_strength(self, feature: int) -> float | None:
         """The largest strength at which its texts were fluent; None where none was looked for."""
-        return next((row["suggested_strength"] for row in self._about(feature, "steering", "*")), None)
+        return next((row["suggested_strength"] for row in self._about(feature, "steering")), None)
 
     def explain(self, lm: "LanguageModel", text: str, per_token: int = 5) -> list[ExplainedToken]:
         """For each token of `text`, the (at most) `per_token` features that fire most strongly on it.
@@ -388,38 +448,63 @@ class Atlas:
         return sink_norm(self.store.get("activations", self.site.slug))
 
     @cached_property
-    def _names(self) -> dict[int, str]:
+    def _names(self) -> pa.Array | None:
+        """What every feature is called; None before labels are made."""
         if "labels" not in self._tables:
-            return {}
-        return dict(self._query("SELECT feature, coalesce(nullif(label, ''), lexical, '') FROM labels"))
+            return None
+        sql = "SELECT coalesce(nullif(label, ''), lexical, '') AS name FROM labels ORDER BY feature"
+        return self._arrow(sql)["name"]
 
     @cached_property
-    def _beats_control(self) -> dict[int, bool]:
-        if "scores" not in self._tables:  # labels made before there were any
-            return {}
-        return dict(self._query("SELECT feature, beats_control FROM labels WHERE beats_control IS NOT NULL"))
+    def _documents(self) -> pa.RecordBatch | None:
+        """Where documents come from, by number; None where that is not known."""
+        if not {"source", "title", "language"} <= self._columns("documents"):
+            return None
+        return self._arrow("SELECT document, source, title, language FROM documents ORDER BY document")
 
-    def _ensure_texts(self) -> None:
-        """Gather, once, everything that is searched in one table in memory."""
+    def _words(self) -> WordIndex:
+        """The index of all words; made first where it is not there."""
         with self._lock:
-            if "texts" in self._tables:
-                return
-            parts = [
-                f"SELECT feature, '{field}' AS field, {weight} AS weight, text FROM ({select}) AS found(feature, text)"
-                for field, (weight, select) in _FIELDS.items()
-                if select.rsplit(" ", 1)[1] in self._tables
-            ]
-            self._query(f"CREATE TABLE texts AS SELECT * FROM ({' UNION ALL '.join(parts)}) WHERE text <> ''")
-            self._tables.add("texts")
+            if self._index is None:
+                self._index = WordIndex.open(self.store, self.dictionary)
+            return self._index
 
-    def _about(self, feature: int, table: str, columns: str, rest: str = "") -> list[dict[str, Any]]:
+    def _columns_of_features(self) -> _Columns:
+        with self._lock:
+            if self._sorted_by is None:
+                self._sorted_by = self._read_columns()
+            return self._sorted_by
+
+    def _read_columns(self) -> _Columns:
+        has = self._columns("labels")
+        score = f"CAST({BEST_SCORE} AS DOUBLE)" if self.has_scores else "NULL::DOUBLE"
+        columns = {
+            "label_score": score,
+            "kind": "kind" if "kind" in has else "''",
+            "is_written": "coalesce(label, '') <> ''" if has else "false",
+            "beats_control": "beats_control" if "beats_control" in has else "NULL::BOOLEAN",
+        }
+        table = "labels" if has else "features"
+        told = self._arrow(
+            f"SELECT {', '.join(f'{sql} AS {name}' for name, sql in columns.items())} FROM {table} ORDER BY feature"
+        )
+        facts = self._arrow("SELECT density, max_act, n_fired FROM features ORDER BY feature")
+        cluster = np.full(len(facts), _NOWHERE)
+        if "map" in self._tables:
+            places = self._arrow("SELECT feature, cluster FROM map")
+            cluster[places["feature"].to_numpy()] = places["cluster"].to_numpy()
+        return _Columns(
+            **{name: facts[name].to_numpy() for name in ("density", "max_act", "n_fired")},
+            label_score=told["label_score"].to_numpy(zero_copy_only=False),
+            cluster=cluster,
+            kind=told["kind"],
+            is_written=told["is_written"].to_numpy(zero_copy_only=False),
+            beats_control=told["beats_control"],
+        )
+
+    def _about(self, feature: int, table: str) -> list[dict[str, Any]]:
         """The feature's rows of a table; none when the table's stage is not made yet."""
-        if table not in self._tables:
-            return []
-        columns = columns.replace("*", "* EXCLUDE (dictionary)")
-        cursor = self._database.cursor().execute(f"SELECT {columns} FROM {table} WHERE feature = ? {rest}", [feature])
-        names = [column[0] for column in cursor.description]
-        return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+        return self._files[table].rows(feature) if table in self._files else []
 
     def _columns(self, table: str) -> set[str]:
         """Names of a table's columns; none when its stage is not made yet."""
@@ -427,6 +512,10 @@ class Atlas:
 
     def _query(self, sql: str, parameters: list[Any] | None = None) -> list[tuple[Any, ...]]:
         return self._database.cursor().execute(sql, parameters or []).fetchall()
+
+    def _arrow(self, sql: str) -> pa.RecordBatch:
+        table = self._database.cursor().sql(sql).to_arrow_table().combine_chunks()
+        return pa.record_batch([c.combine_chunks() for c in table.columns], names=table.column_names)
 
 
 def sink_norm(harvest: Made) -> float:
@@ -488,17 +577,35 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _terms(query: str) -> list[str]:
-    """The words of a query, and the whole of it when it has several; what no stored text can hold is dropped."""
-    clean = query.replace("\0", " ").encode("utf-8", "ignore").decode()
-    words = unicodedata.normalize("NFC", clean).casefold().split()[:_MAX_TERMS]
-    return list(dict.fromkeys(words if len(words) < 2 else [*words, " ".join(words)]))
+def _passing(columns: _Columns, filters: Filters) -> Bool[np.ndarray, " d_sae"]:
+    """Which features pass the filters."""
+    passing = (columns.density >= filters.min_density) & (columns.density <= filters.max_density)
+    if filters.min_score is not None:
+        passing &= columns.label_score >= filters.min_score
+    if filters.kind:
+        passing &= pc.fill_null(pc.equal(columns.kind, filters.kind), False).to_numpy(zero_copy_only=False)
+    if filters.cluster is not None:
+        passing &= columns.cluster == filters.cluster
+    if filters.written:
+        passing &= columns.is_written
+    if filters.alive:
+        passing &= columns.n_fired > 0
+    return passing
 
 
-def _pattern(term: str) -> str:
-    """RE2 pattern of a term: any case, at the start of a word where its script puts spaces between words."""
-    starts_word = term[0].isalnum() and not unicodedata.name(term[0], "").startswith(_UNSPACED)
-    return "(?i)" + (r"(?:^|[^\p{L}\p{N}])" if starts_word else "") + r"\s+".join(map(re.escape, term.split()))
+def _least(keys: Float64[np.ndarray, " n"], count: int) -> Int64[np.ndarray, " count"]:
+    """Places of the `count` least keys in order, of equal ones the first; NaN comes last."""
+    keys = np.where(np.isnan(keys), np.inf, keys)
+    if count < len(keys):
+        bound = np.partition(keys, count)[count]
+        less, same = np.flatnonzero(keys < bound), np.flatnonzero(keys == bound)
+        some = np.concatenate([less, same[: max(count - len(less), 0)]])
+        return some[np.argsort(keys[some], kind="stable")]
+    return np.argsort(keys, kind="stable")
+
+
+def _known(score: float) -> float | None:
+    return None if math.isnan(score) else float(score)
 
 
 def _why(field: str, term: str, text: str) -> str:

@@ -16,6 +16,7 @@ from jaxtyping import Float32, Int64
 from sklearn.cluster import HDBSCAN
 
 from sae_core.artifacts import write_atomically
+from sae_core.by_feature import ROW_GROUP
 from sae_core.dictionary import Dictionary
 from sae_core.neighbors import Rows, build_index, nearest, unit_rows
 from sae_core.progress import Report, silent
@@ -58,7 +59,7 @@ def build_feature_map(
         "cluster": clusters.astype(np.int32),
     }
     with write_atomically(folder / MAP) as path:
-        pq.write_table(pa.table(columns), path)
+        pq.write_table(pa.table(columns), path, row_group_size=8 * ROW_GROUP)
     report(n, n, "features")
     return {
         "n_features": n,

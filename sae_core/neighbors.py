@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float32, Int64
 
 from sae_core.artifacts import write_atomically
+from sae_core.by_feature import ROW_GROUP
 from sae_core.dictionary import Dictionary
 from sae_core.neighbor_index import INDEX
 from sae_core.progress import Report, silent
@@ -46,7 +47,7 @@ def build_neighbors(
     with write_atomically(folder / INDEX) as path:
         faiss.write_index(index, str(path))
     with write_atomically(folder / NEIGHBORS) as path:
-        pq.write_table(_table(cosines, neighbors), path)
+        pq.write_table(_table(cosines, neighbors), path, row_group_size=8 * ROW_GROUP)  # rows are short
     return {
         "n_features": len(rows),
         "index": "exact" if len(rows) <= settings.exact_up_to else "hnsw",

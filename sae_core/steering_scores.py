@@ -21,6 +21,7 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from sae_core.artifacts import write_atomically
+from sae_core.by_feature import ROW_GROUP
 from sae_core.features import Features
 from sae_core.features.logits import logit_effects
 from sae_core.language_model import LanguageModel
@@ -98,7 +99,7 @@ def build_steering(
     )
     every = pa.table({"feature": pa.array(range(subject.dictionary.d_sae), pa.int32())})
     with write_atomically(folder / SCORES) as path:
-        pq.write_table(every.join(rows, "feature").sort_by("feature"), path)
+        pq.write_table(every.join(rows, "feature").sort_by("feature"), path, row_group_size=8 * ROW_GROUP)
     return {
         "n_scored": len(scored),
         "n_not_finite": int((~np.isfinite(effects.score)).sum()),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sae_core.activations import Activations
 from sae_core.artifacts import SCRATCH, require_space, write_atomically
+from sae_core.by_feature import ROW_GROUP
 from sae_core.corpus import Blocks, Corpus
 from sae_core.dictionary import Dictionary
 from sae_core.features.examples import Candidates, Pool, acts_in_windows, bins, text_in_windows
@@ -118,7 +119,7 @@ def _open(model: ModelSettings, corpus: Path, activations: Path, dictionary: Pat
 def _write(
     settings: FeatureSettings, sources: _Sources, store: FiringStore, folder: Path, report: Report
 ) -> np.ndarray:
-    """Write all tables, one row group for each range of features; returns n_fired of every feature."""
+    """Write all tables, range by range of features; returns n_fired of every feature."""
     d_sae, n_fired = sources.dictionary.d_sae, []
     sampled = sample_windows(sources.corpus, settings)
     with write_atomically(folder / WINDOWS) as windows_path:
@@ -140,8 +141,9 @@ def _write(
                 counts.add(firings)
                 pool.add(firings)
             features_file.write_table(_feature_table(features, found, counts, settings, sources))
-            examples_file.write_table(_example_table(features, found, pool.choose(), settings, sources, store))
-            firings_file.write_table(firings_in(sampled, features, store.read(features)))
+            examples = _example_table(features, found, pool.choose(), settings, sources, store)
+            examples_file.write_table(examples, row_group_size=ROW_GROUP)
+            firings_file.write_table(firings_in(sampled, features, store.read(features)), row_group_size=32 * ROW_GROUP)
             n_fired.append(found.n_fired)
             report(features.stop, d_sae, "features")
     return np.concatenate(n_fired)

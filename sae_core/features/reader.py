@@ -1,14 +1,15 @@
 """`Features`: the reader of a finished features artifact. Light: pyarrow, no torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sae_core.by_feature import ByFeature
 from sae_core.errors import MindAtlasError
 from sae_core.settings import DOCUMENTED
 
@@ -58,7 +59,7 @@ class Example:
     level: int
     """Activation level of the peak: level i of n is ((i - 1) / n, i / n] of the feature's maximum."""
     kind: str
-    """`top`: one of the strongest; `level`: drawn at random from its level."""
+    """`top`: one of the strongest; `level`: drawn at random from its level; `silent`: see `Features.silent`."""
     act: float
     """The feature's value at the peak."""
     document: int
@@ -104,6 +105,18 @@ class Features:
                 raise FeatureError(f"{path} is missing: make the features again with `mind-atlas run`")
         return found
 
+    def __len__(self) -> int:
+        """Number of features, dead ones too."""
+        return len(self._rows)
+
+    @cached_property
+    def _rows(self) -> ByFeature:
+        return ByFeature(self.features_path)
+
+    @cached_property
+    def _examples(self) -> ByFeature:
+        return ByFeature(self.examples_path)
+
     @cached_property
     def _table(self) -> pa.Table:
         return pq.read_table(self.features_path)
@@ -114,15 +127,48 @@ class Features:
 
     def feature(self, feature: int) -> FeatureRow:
         """What is known of a feature. Raises FeatureError when there is no such feature."""
-        n = self._table.num_rows
-        if not 0 <= feature < n:
-            raise FeatureError(f"there is no feature {feature}: this dictionary has features 0 to {n - 1}")
-        return FeatureRow(**self._table.slice(feature, 1).to_pylist()[0])
+        if not 0 <= feature < len(self):
+            raise FeatureError(f"there is no feature {feature}: this dictionary has features 0 to {len(self) - 1}")
+        return FeatureRow(**self._rows.rows(feature)[0])
 
     def examples(self, feature: int) -> list[Example]:
         """The feature's examples, strongest first; none for a dead feature."""
-        rows = pq.read_table(self.examples_path, filters=pc.field("feature") == feature)
-        return [Example(**row) for row in rows.to_pylist()]
+        return [Example(**row) for row in self._examples.rows(feature)]
+
+    def silent(self, feature: int, tokens: Sequence[str], limit: int) -> list[Example]:
+        """Windows of the sample that hold one of the tokens and in which the feature does not fire at all, in order.
+
+        Each has its peak at the first such token, at level 0. None where no sample is kept.
+        """
+        if self._windows is None or self._firings is None:
+            return []
+        fires = set(self._firings.table(feature)["window"].to_pylist())
+        texts, places, documents = self._windows
+        holding = sorted({window for token in tokens for window in places.get(token, [])} - fires)[:limit]
+        found = []
+        for window in holding:
+            text = texts[window].as_py()
+            peak = next(i for i, token in enumerate(text) if token in tokens)
+            found.append(Example(feature, 0, "silent", 0.0, documents[window], 0, peak, text, [0.0] * len(text)))
+        return found
+
+    @cached_property
+    def _firings(self) -> ByFeature | None:
+        path = self.features_path.with_name(FIRINGS)
+        return ByFeature(path) if path.is_file() else None
+
+    @cached_property
+    def _windows(self) -> tuple[pa.Array, dict[str, list[int]], list[int]] | None:
+        """The sample's texts, the windows that hold each token, and their documents."""
+        path = self.features_path.with_name(WINDOWS)
+        if not path.is_file():
+            return None
+        table = pq.read_table(path).combine_chunks()
+        places: dict[str, list[int]] = {}
+        for window, text in enumerate(table["tokens"].to_pylist()):
+            for token in set(text):
+                places.setdefault(token, []).append(window)
+        return table["tokens"].combine_chunks(), places, table["document"].to_pylist()
 
     def sample(self) -> Sample:
         """The sample of the corpus. Raises FeatureError when there is none."""

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sae_core.artifacts import write_atomically
+from sae_core.by_feature import ROW_GROUP
 from sae_core.features import FeatureRow, Features
 from sae_core.labels import prompts
 from sae_core.labels.carry import Previous, carry_over, held_before
@@ -95,7 +96,8 @@ def build_labels(
     if finished:
         rows = _merged(others, rows, {outcome.feature for outcome in outcomes})
     with write_atomically(folder / LABELS) as path:
-        pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], SCHEMA), path)
+        table = pa.Table.from_pylist([asdict(row) for row in rows], SCHEMA)
+        pq.write_table(table, path, row_group_size=ROW_GROUP)
     return _summary(source, settings, rows) | summary | {"n_carried": len(carried)}
 
 

@@ -77,6 +77,9 @@ def _characters(tokens: Sequence[str], acts: Sequence[float]) -> Iterator[tuple[
     rest = b""
     values: list[float] = []
     for string, act in zip(tokens, acts, strict=True):
+        if not rest and string.isascii() and string.isprintable() and "\\" not in string:  # most are: nothing to do
+            yield string, [act], False
+            continue
         raw, values = rest + shown_bytes(string), [*values, act]
         whole = _whole(raw)
         text, rest = raw[:whole].decode("utf-8", "mind_atlas_bytes"), raw[whole:]

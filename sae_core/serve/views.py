@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from sae_core.artifacts import ArtifactStore
-from sae_core.atlas import Atlas, Filters, Hit
+from sae_core.atlas import Ancestor, Atlas, Filters, Hit
 from sae_core.corpus import Corpus
 from sae_core.display import shown_bytes
 from sae_core.errors import MindAtlasError
@@ -97,7 +97,7 @@ class Passage(View):
     peak: int
     """The peak's place in `tokens`."""
     kind: str
-    """`top`: one of the strongest; `level`: drawn at random from its level."""
+    """`top`: one of the strongest; `level`: drawn at random from its level; `silent`: a counter-example."""
     document: int
     position: int
     """The peak's place among the document's tokens."""
@@ -129,7 +129,8 @@ class FeatureView(View):
     levels: list[Level]
     """From the strongest activations down to near zero."""
     counter_examples: list[Passage]
-    """Text where the label says that the feature fires and it does not, or the reverse; empty where none are kept."""
+    """Text with the tokens that it fires on most, in which it does not fire (`silent`); then examples in which it fires
+    most strongly on another token than those. Empty where no sample of the corpus is kept and there are none."""
     neighbors: list[Near]
     cluster: int | None
     """On the map; -1 is none, null before the map is made."""
@@ -139,6 +140,8 @@ class FeatureView(View):
     """The largest strength, in units of its maximum, at which its texts stayed fluent; null: none was looked for."""
     role: str
     """`output` when turning it up does more than random directions do, else `input`; empty where not measured."""
+    history: list[Ancestor]
+    """What became of it from one retraining to the next, newest first."""
     previous: int | None
     next: int | None
 
@@ -244,12 +247,14 @@ class Overview(View):
 
 _HEALTH = ("fvu", "l0", "dead", "delta_ce", "ce_recovered")
 _LISTED = 8
+_COUNTER = 3  # counter-examples of each sort
+_TELLING = 3  # top tokens whose silence is told
 
 
 def feature_view(atlas: Atlas, feature: int) -> FeatureView:
     """Everything about one feature. Raises FeatureError when there is no such feature."""
     card = atlas.feature(feature)
-    n = atlas.features.table().num_rows
+    n = len(atlas.features)
     return FeatureView(
         dictionary=atlas.dictionary,
         corpus=atlas.site.corpus,
@@ -257,12 +262,13 @@ def feature_view(atlas: Atlas, feature: int) -> FeatureView:
         row=card.row,
         label=_label(card.label) if card.label else None,
         levels=_levels(atlas, card.row, card.examples),
-        counter_examples=[],
+        counter_examples=_counter_examples(atlas, card.row, card.examples),
         neighbors=[Near(feature=x.feature, label=x.label, cosine=x.cosine) for x in card.neighbors],
         cluster=card.place.cluster if card.place else None,
         output_score=(card.steering or {}).get("output_score"),
         suggested_strength=(card.steering or {}).get("suggested_strength"),
         role=(card.steering or {}).get("role") or "",
+        history=card.history,
         previous=feature - 1 if feature else None,
         next=feature + 1 if feature + 1 < n else None,
     )
@@ -288,14 +294,7 @@ def _levels(atlas: Atlas, row: FeatureRow, examples: list[Example]) -> list[Leve
     n_levels = int(atlas.store.get("features", atlas.dictionary).manifest.settings.get("levels", 0)) or max(
         (example.level for example in examples), default=1
     )
-    about = atlas.documents({example.document for example in examples})
-    passages = [
-        (x.level, Passage(
-            act=x.act, tokens=x.tokens, acts=x.acts, peak=x.peak, kind=x.kind, document=x.document,
-            position=x.position, **about.get(x.document, {"source": "", "title": "", "language": ""}),
-        ))
-        for x in examples
-    ]  # fmt: skip
+    passages = list(zip((x.level for x in examples), _passages(atlas, examples), strict=True))
     return [
         Level(
             low=(level - 1) / n_levels,
@@ -306,6 +305,24 @@ def _levels(atlas: Atlas, row: FeatureRow, examples: list[Example]) -> list[Leve
         for level in range(n_levels, 0, -1)
         if any(of == level for of, _ in passages)
     ]
+
+
+def _passages(atlas: Atlas, examples: list[Example]) -> list[Passage]:
+    about = atlas.documents({example.document for example in examples})
+    return [
+        Passage(
+            act=x.act, tokens=x.tokens, acts=x.acts, peak=x.peak, kind=x.kind, document=x.document,
+            position=x.position, **about.get(x.document, {"source": "", "title": "", "language": ""}),
+        )
+        for x in examples
+    ]  # fmt: skip
+
+
+def _counter_examples(atlas: Atlas, row: FeatureRow, examples: list[Example]) -> list[Passage]:
+    """Where the tokens that it fires on most would mislead: they are there and it is silent, or it fires on others."""
+    tokens = row.top_tokens[:_TELLING]
+    others = [x for x in examples if x.tokens[x.peak] not in row.top_tokens]
+    return _passages(atlas, [*atlas.features.silent(row.feature, tokens, _COUNTER), *others[:_COUNTER]])
 
 
 def _share(row: FeatureRow, low: float, high: float) -> float:
@@ -361,6 +378,7 @@ def _lists(atlas: Atlas) -> Iterable[Listed]:
         ("Strongest", "largest activations", atlas.browse(_LISTED, sort="strength")),
         ("Always on", "fire on the most tokens", atlas.browse(_LISTED, sort="density")),
         ("Rare", "alive, on the fewest tokens", rare),
+        ("Newest", "brought by the last retraining", atlas.newest(_LISTED)),
     ]
     return (Listed(title=title, about=about, features=hits) for title, about, hits in lists if hits)
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from sae_core.artifacts import ArtifactError, ArtifactStore, Recipe
-from sae_core.atlas import Atlas, SearchError, write_views
+from sae_core.atlas import Atlas, Filters, SearchError, write_views
 from sae_core.dictionary import Dictionary
 from sae_core.features.reader import FeatureError
 from sae_core.language_model import LanguageModel
@@ -287,6 +287,29 @@ def test_the_database_file_answers_sql_over_all_dictionaries(store: ArtifactStor
         tables = {name for (name,) in ask("SELECT view_name FROM duckdb_views() WHERE NOT internal")}
     assert tables == {"features", "examples", "labels", "neighbors", "map", "training", "documents"}
     assert not list(store.root.glob("atlas.duckdb.*"))
+
+
+def test_a_feature_tells_what_it_was_before_each_retraining(store: ArtifactStore) -> None:
+    lines = [(2, 0, 5, "kept"), (2, 1, None, "born"), (3, 0, 0, "moved"), (3, 0, 1, "merged"), (3, 2, 0, "split")]
+    names = ("generation", "feature", "previous", "fate")
+    rows = [dict(zip(names, line, strict=True)) | {"cosine": 0.5, "correlation": 0.25} for line in lines]
+    pq.write_table(pa.Table.from_pylist(rows), store.get("dictionary", SLUG).folder / "lineage.parquet")
+    atlas = Atlas.open(store, SLUG)
+    told = [(x.generation, x.fate, x.previous) for x in atlas.feature(0).history]
+    assert told == [(3, "moved", 0), (3, "merged", 1), (2, "kept", 5)]
+    assert [x.fate for x in atlas.history(2)] == ["split"]
+    assert atlas.history(7) == []
+    assert [(hit.feature, hit.why) for hit in atlas.newest()] == [(2, "split")]
+
+
+def test_a_feature_is_sorted_by_what_is_known_of_it(atlas: Atlas) -> None:
+    assert [hit.feature for hit in atlas.browse(3, sort="density")] == [7, 6, 5]
+    assert [hit.feature for hit in atlas.browse(3, sort="rarity", offset=2)] == [2, 3, 4]
+    assert [hit.feature for hit in atlas.browse(3, sort="strength")] == [0, 1, 2]  # all alike: by number
+    some = Filters(min_density=0.015, written=True, alive=True, cluster=0)
+    assert [hit.feature for hit in atlas.browse(filters=some)] == [3, 4, 6]
+    with pytest.raises(SearchError, match="'name' is no order"):
+        atlas.browse(sort="name")
 
 
 def test_an_empty_store_gives_an_empty_database(tmp_path: Path) -> None:
