@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
-from jaxtyping import Bool, Float32, Float64, Int64
+from jaxtyping import Bool, Float32, Float64, Int64, Num
 
 from sae_core.artifacts import ArtifactError, ArtifactStore, Made, write_atomically
 from sae_core.by_feature import ByFeature
@@ -593,7 +593,7 @@ def _passing(columns: _Columns, filters: Filters) -> Bool[np.ndarray, " d_sae"]:
     return passing
 
 
-def _least(keys: Float64[np.ndarray, " n"], count: int) -> Int64[np.ndarray, " count"]:
+def _least(keys: Num[np.ndarray, " n"], count: int) -> Int64[np.ndarray, " count"]:
     """Places of the `count` least keys in order, of equal ones the first; NaN comes last."""
     keys = np.where(np.isnan(keys), np.inf, keys)
     if count < len(keys):

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from itertools import combinations, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -202,14 +203,15 @@ def test_an_interrupted_harvest_goes_on_and_ends_byte_equal(
 def test_values_that_are_not_finite_are_refused_and_not_written(
     model: ModelSettings, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(
-        self: LanguageModel, hook: str, layer: int, token_ids: torch.Tensor, segments: torch.Tensor
-    ) -> torch.Tensor:
-        acts = torch.ones(*token_ids.shape, 32)
-        acts[0, 0, 5] = torch.nan
-        return acts
+    capture = LanguageModel.capture_many
 
-    monkeypatch.setattr(LanguageModel, "capture", broken)
+    def broken(self: LanguageModel, sites: Any, token_ids: torch.Tensor, *segments: Any) -> list[torch.Tensor]:
+        found = capture(self, sites, token_ids, *segments)
+        if token_ids.shape[1] == LENGTH:  # a block, and not what a model is tried out on
+            found[0][0, 0, 5] = torch.nan
+        return found
+
+    monkeypatch.setattr(LanguageModel, "capture_many", broken)
     with pytest.raises(ActivationError, match=r"train-00000.safetensors: NaN or infinity .* train blocks \d+"):
         harvest(SITE, model, corpus, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -306,15 +308,16 @@ def test_what_half_floats_cannot_hold_is_refused_with_the_cure(tiny_model: Path,
 def test_batches_are_halved_until_they_fit_into_memory(
     model: ModelSettings, corpus: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    capture, most, asked = LanguageModel.capture, 3, []
+    capture, most, asked = LanguageModel.capture_many, 3, []
 
-    def limited(self: LanguageModel, hook: str, layer: int, ids: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
-        asked.append(len(ids))
-        if len(ids) > most:
-            raise torch.cuda.OutOfMemoryError
-        return capture(self, hook, layer, ids, documents)
+    def limited(self: LanguageModel, sites: Any, ids: torch.Tensor, *segments: Any) -> list[torch.Tensor]:
+        if ids.shape[1] == LENGTH:  # a block, and not what a model is tried out on
+            asked.append(len(ids))
+            if len(ids) > most:
+                raise torch.cuda.OutOfMemoryError
+        return capture(self, sites, ids, *segments)
 
-    monkeypatch.setattr(LanguageModel, "capture", limited)
+    monkeypatch.setattr(LanguageModel, "capture_many", limited)
     harvest(SITE, model, corpus, tmp_path)
     assert asked[:6] == [8, 4, 2, 2, 2, 2]
     for ours, theirs in zip(Activations.open(tmp_path).shards(), Activations.open(made).shards(), strict=True):

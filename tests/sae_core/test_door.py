@@ -15,7 +15,8 @@ def study(tiny_study: Path) -> Study:
 
 
 def changed(study: Study, section: str, **settings: object) -> Study:
-    return study.model_copy(update={section: getattr(study, section).model_copy(update=settings)})
+    changed = getattr(study, section).model_copy(update=settings)
+    return study.model_copy(update={"sites": [changed]} if section == "activations" else {section: changed})
 
 
 def test_a_study_that_its_model_can_carry_out_is_let_in(study: Study) -> None:

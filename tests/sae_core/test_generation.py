@@ -107,8 +107,8 @@ def test_a_scope_steers_its_positions_and_no_others(lm: LanguageModel, scope: Sc
 
     original = Steering.__call__
 
-    def spy(self: Steering, x: Tensor, where: Tensor | None = None) -> Tensor:
-        edited = original(self, x, where)
+    def spy(self: Steering, x: Tensor, where: Tensor | None = None, read: Tensor | None = None) -> Tensor:
+        edited = original(self, x, where, read)
         changed((edited != x).any(-1)[0])
         return edited
 

@@ -74,6 +74,8 @@ def port(store: ArtifactStore, lm: LanguageModel) -> Iterator[int]:
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
+    while not server.started:
+        time.sleep(0.01)
     yield listener.getsockname()[1]
     server.should_exit = True
     thread.join()
