@@ -31,12 +31,12 @@ def test_three_answers_are_written_and_a_link_restores_everything(page: Page, at
     row = page.locator("#features li")
     expect(row).to_have_count(1)
     page.get_by_label(f"Exact strength of feature {alive}").fill("8")
-    page.get_by_label("Prompt").fill("The river\n  said")
-    page.get_by_label("Tokens").fill("12")
+    page.get_by_label("Prompt", exact=True).fill("The river\n  said")
+    page.get_by_role("spinbutton", name="Tokens").fill("12")
     page.get_by_label("Temperature").fill("1.5")
     page.get_by_label("Seed").fill("7")
     page.get_by_label("Where").select_option("generated")
-    page.get_by_label("Prompt").press("Control+Enter")
+    page.get_by_label("Prompt", exact=True).press("Control+Enter")
     expect(page.locator("#status")).to_have_text("Done.")
     written = answers(page)
     assert written[0] != written[1]
@@ -48,7 +48,7 @@ def test_three_answers_are_written_and_a_link_restores_everything(page: Page, at
     page.goto(f"/steer{link}")
     expect(page.locator("#status")).to_have_text("Done.")
     assert answers(page) == written
-    expect(page.get_by_label("Prompt")).to_have_value("The river\n  said")
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("The river\n  said")
     expect(page.get_by_label("Where")).to_have_value("generated")
     expect(page.get_by_label(f"Strength of feature {alive}, in maxima")).to_have_value("8")
     assert parse_qs(urlsplit(page.url).query)["f"] == [f"{alive}:8:clamp"]
@@ -69,7 +69,7 @@ def test_white_space_of_the_answer_is_whole(page: Page, alive: int):
 
 def test_the_answer_stops_when_asked(page: Page, alive: int):
     page.goto(f"/steer?f={alive}:1")
-    page.get_by_label("Tokens").fill("512")
+    page.get_by_role("spinbutton", name="Tokens").fill("512")
     page.get_by_role("button", name="Answer").click()
     expect(page.locator("[data-column=steered] [data-logprob]").first).to_be_visible()
     page.get_by_role("button", name="Stop").click()
@@ -78,7 +78,7 @@ def test_the_answer_stops_when_asked(page: Page, alive: int):
     page.wait_for_timeout(300)
     assert answers(page) == before
     expect(page.get_by_role("button", name="Answer")).to_be_enabled()
-    page.get_by_label("Tokens").fill("3")  # the model is free again
+    page.get_by_role("spinbutton", name="Tokens").fill("3")  # the model is free again
     page.get_by_role("button", name="Answer").click()
     expect(page.locator("#status")).to_have_text("Done.")
 
