@@ -199,7 +199,7 @@ def measure(
             for step, strength in enumerate(strengths)
         ]
         fluent = [row for row in tried if row.perplexity_ratio <= settings.perplexity_ratio_max] or tried[:1]
-        best.append(max(fluent, key=lambda row: row.concept_rate))
+        best.append(max(fluent, key=lambda row: (row.concept_rate, row.strength)))
         rows += [row._replace(chosen=row is best[-1]) for row in tried]
     second.write([c for item, row in zip(chosen, best, strict=True) for c in _against(subject, item, row, settings)])
     base_texts = base_texts + second_base

@@ -223,7 +223,7 @@ def openai_api(atlas: Callable[[], Atlas], live: Live, presets: Presets | None =
         live: its language model; who comes when all its places are taken is told to come back.
         presets: steered models by name.
     """
-    models, router = SteeredModels(atlas, live, presets or {}), APIRouter(route_class=_Route, tags=["openai"])
+    models, router = SteeredModels(atlas, live, presets or {}), APIRouter(route_class=_Route, include_in_schema=False)
 
     @router.get("/v1/models")
     def list_models() -> dict[str, Any]:
@@ -243,7 +243,7 @@ def openai_api(atlas: Callable[[], Atlas], live: Live, presets: Presets | None =
     async def complete(request: Request) -> Response:
         return await _respond(request, models, await _read(request, _Completion))
 
-    @router.api_route("/v1/{rest:path}", methods=["GET", "POST", "DELETE"], include_in_schema=False)
+    @router.api_route("/v1/{rest:path}", methods=["GET", "POST", "DELETE"])
     def nothing(rest: str) -> None:
         raise ApiError(404, f"/v1/{rest} is not served here: chat/completions, completions and models are")
 

@@ -18,7 +18,7 @@ from sae_core.serve.render import page
 from sae_core.serve.shelf import ChosenAtlas, Shelf
 from sae_core.serve.streams import EventStream, SteerField, event, next_item
 from sae_core.serve.turns import Stream
-from sae_core.serve.views import SteeredFeature
+from sae_core.serve.views import SteeredFeature, SteeredToken
 from sae_core.steers import ABSURD, Method, Scope, Steer, cautions
 
 if TYPE_CHECKING:
@@ -89,12 +89,16 @@ def steered_feature(atlas: ChosenAtlas, feature: int) -> SteeredFeature:
     )
 
 
-@router.post("/api/steer", tags=["atlas"], responses={503: {"description": "No place is free."}})
+@router.post(
+    "/api/steer",
+    tags=["atlas"],
+    responses={200: {"model": SteeredToken, "description": "An event."}, 503: {"description": "No place is free."}},
+)
 async def steer(request: Request, asked: SteerQuestion) -> Response:
-    """Three answers as server-sent events, one a token: `start`, then `column`, `text`, `logprob`, `finish`.
+    """Answers as server-sent events, one a token of each column in turn.
 
-    `before` is what the steered features had, before anything was done to them, on the token before; `start` says
-    which columns come, and what one should know of the strengths.
+    The first event is another: `start` says which columns come, `notes` what one should know of the strengths, and
+    `words` what the prompt of the last column begins with. An event `error` ends what cannot go on.
     """
     shelf: Shelf = request.app.state.shelf
     live: Live = request.app.state.live

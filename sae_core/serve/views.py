@@ -163,6 +163,21 @@ class SteeredFeature(Named):
     """`output` where that is more than random directions do, else `input`; empty where it was not measured."""
 
 
+class SteeredToken(View):
+    """A token of one of the answers that are written beside each other."""
+
+    column: str
+    """`default`, `steered`, or `words`: asked in words for what is turned up."""
+    text: str
+    """What can be shown now; empty while a character is not whole."""
+    logprob: float
+    """Natural logarithm of its probability."""
+    finish: str
+    """`stop` or `length` of the last; empty when more follow."""
+    before: list[float]
+    """What each steered feature had on the token before, before anything was done to it."""
+
+
 class SearchView(View):
     """Features that a search found, the best first."""
 

@@ -22,6 +22,11 @@ def alive(atlas: Atlas) -> int:
     return next(row["feature"] for row in atlas.features.table().to_pylist() if not row["is_dead"])
 
 
+def written(page: Page, status: str = "Done.") -> None:
+    """The first answer waits for the model to be loaded."""
+    expect(page.locator("#status")).to_have_text(status, timeout=60_000)
+
+
 def answers(page: Page) -> list[str]:
     return [element.text_content() or "" for element in page.locator(".stream").all()]
 
@@ -31,24 +36,24 @@ def test_three_answers_are_written_and_a_link_restores_everything(page: Page, at
     row = page.locator("#features li")
     expect(row).to_have_count(1)
     page.get_by_label(f"Exact strength of feature {alive}").fill("8")
-    page.get_by_label("Prompt").fill("The river\n  said")
-    page.get_by_label("Tokens").fill("12")
+    page.get_by_label("Prompt", exact=True).fill("The river\n  said")
+    page.get_by_role("spinbutton", name="Tokens").fill("12")
     page.get_by_label("Temperature").fill("1.5")
     page.get_by_label("Seed").fill("7")
     page.get_by_label("Where").select_option("generated")
-    page.get_by_label("Prompt").press("Control+Enter")
-    expect(page.locator("#status")).to_have_text("Done.")
-    written = answers(page)
-    assert written[0] != written[1]
-    assert all(written)
+    page.get_by_label("Prompt", exact=True).press("Control+Enter")
+    written(page)
+    said = answers(page)
+    assert said[0] != said[1]
+    assert all(said)
     token = page.locator("[data-column=steered] [data-logprob]").first
     assert float(token.get_attribute("data-logprob") or "nan") <= 0
     assert f"feature {alive}: " in (token.get_attribute("title") or "")
     link = page.get_by_role("link", name="Link to this").get_attribute("href") or ""
     page.goto(f"/steer{link}")
-    expect(page.locator("#status")).to_have_text("Done.")
-    assert answers(page) == written
-    expect(page.get_by_label("Prompt")).to_have_value("The river\n  said")
+    written(page)
+    assert answers(page) == said
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("The river\n  said")
     expect(page.get_by_label("Where")).to_have_value("generated")
     expect(page.get_by_label(f"Strength of feature {alive}, in maxima")).to_have_value("8")
     assert parse_qs(urlsplit(page.url).query)["f"] == [f"{alive}:8:clamp"]
@@ -62,25 +67,25 @@ def test_white_space_of_the_answer_is_whole(page: Page, alive: int):
     page.route("**/api/steer", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
     page.goto("/steer")
     page.get_by_role("button", name="Answer").click()
-    expect(page.locator("#status")).to_have_text("Done.")
+    written(page)
     assert answers(page)[0] == "a  b\n\n\tc <b>&amp;"
     assert page.locator("[data-column=default] .stream").evaluate("p => getComputedStyle(p).whiteSpace") == "pre-wrap"
 
 
 def test_the_answer_stops_when_asked(page: Page, alive: int):
     page.goto(f"/steer?f={alive}:1")
-    page.get_by_label("Tokens").fill("512")
+    page.get_by_role("spinbutton", name="Tokens").fill("512")
     page.get_by_role("button", name="Answer").click()
-    expect(page.locator("[data-column=steered] [data-logprob]").first).to_be_visible()
+    expect(page.locator("[data-column=steered] [data-logprob]").first).to_be_visible(timeout=60_000)
     page.get_by_role("button", name="Stop").click()
-    expect(page.locator("#status")).to_have_text("Stopped.")
+    written(page, "Stopped.")
     before = answers(page)
     page.wait_for_timeout(300)
     assert answers(page) == before
     expect(page.get_by_role("button", name="Answer")).to_be_enabled()
-    page.get_by_label("Tokens").fill("3")  # the model is free again
+    page.get_by_role("spinbutton", name="Tokens").fill("3")  # the model is free again
     page.get_by_role("button", name="Answer").click()
-    expect(page.locator("#status")).to_have_text("Done.")
+    written(page)
 
 
 def test_features_are_found_changed_and_removed_by_keyboard(page: Page, alive: int):
@@ -138,7 +143,7 @@ def test_the_page_is_accessible_and_fits_a_phone(chromium: Browser, server: str,
     context = chromium.new_context(base_url=server, color_scheme=theme, viewport={"width": 390, "height": 844})
     page = context.new_page()
     page.goto(f"/steer?f={alive}:30&max_tokens=8&run=1")
-    expect(page.locator("#status")).to_have_text("Done.", timeout=20_000)
+    written(page)
     found = Axe().run(page)
     assert found.violations_count == 0, found.generate_report()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390

@@ -9,8 +9,6 @@ const columns = new Map([...document.querySelectorAll("[data-column]")].map((sec
 let running = null; // what stops the answers that are being written
 let steered = []; // the features that they are written with, and their maxima
 
-start();
-
 async function start() {
   listen();
   const state = new URLSearchParams(location.search);
@@ -268,3 +266,5 @@ function shade(spans, acts) {
     span.title = [...told, span.title].join(", ");
   }
 }
+
+start();
