@@ -41,10 +41,12 @@ async def next_item(request: Request, items: Stream[T]) -> T | None:
     """The next item, None after the last; raises LiveError when the client went away meanwhile."""
     waiting = asyncio.ensure_future(anext(items, None))
     try:
-        while not (await asyncio.wait({waiting}, timeout=_LOOK))[0]:
+        while True:
+            done, _ = await asyncio.wait({waiting}, timeout=_LOOK)
             if await request.is_disconnected():
                 raise LiveError("nobody waits for the answer any more", 499)
-        return waiting.result()
+            if done:
+                return waiting.result()
     finally:
         waiting.cancel()
 

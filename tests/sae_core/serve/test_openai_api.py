@@ -246,7 +246,6 @@ def test_a_client_that_hangs_up_stops_the_generation_within_a_token(
         while len(steps) > before:  # until half a second goes by without a step
             before = len(steps)
             time.sleep(0.5)
-        print("STEPS", stream, first_byte, len(steps))
     assert len(steps) < 200  # of 1200
 
 
