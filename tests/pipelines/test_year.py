@@ -134,9 +134,13 @@ def retrained(place: Any, folder: Path, previous: Path, corpus: Path, activation
     return kept_share(lineage_of(folder))
 
 
+@pytest.mark.year
 def test_a_year_of_retraining(
-    place: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, record_property: Callable[[str, object], None]
-) -> None:
+    place: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest,
+    record_property: Callable[[str, object], None],
+) -> None:  # fmt: skip
+    if "year" not in request.config.option.markexpr:
+        pytest.skip("a year of retraining takes minutes: run it with -m year")
     assert place.refresh()[ATLAS] == "missing"
     promoted, warm, lines = 1, [], []
     start = time.monotonic()
