@@ -10,6 +10,6 @@ class Cluster(LocalRay):
     address: str = Field(description="As `ray.init` takes it: `auto`, `ray://host:10001`, `local` for one of its own.")
 
     @property
-    def ray_address(self) -> str:  # type: ignore[override]
+    def ray_address(self) -> str:
         """Where the cluster is."""
         return self.address
