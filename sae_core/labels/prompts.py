@@ -136,7 +136,8 @@ def marked(tokens: Sequence[str], fires: Sequence[bool]) -> str:
             runs[-1] = (fire, runs[-1][1] + token)
         else:
             runs.append((fire, token))
-    return "".join(f"<<{as_data(text)}>>" if fire else as_data(text) for fire, text in runs)
+    marked = (f"<<{as_data(text)}>>" if fire else as_data(text) for fire, text in runs)
+    return "".join(marked).replace("</", "< /")  # our own mark before a slash would look like a tag's end, too
 
 
 def as_data(text: str) -> str:
