@@ -9,3 +9,14 @@ class MindAtlasError(Exception):
 
     passing = False
     """True when there is nothing to mend: the same may succeed some minutes later."""
+
+
+def message_of(error: BaseException | None) -> str:
+    """The line meant for the user, from the error or from what caused it; empty when there is none."""
+    seen = []
+    while error is not None and error not in seen:  # an exception may be its own cause, in a circle
+        if isinstance(error, MindAtlasError):
+            return str(error)
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return ""

@@ -157,3 +157,24 @@ def _enter(table: dict[str, Order], slug: str, order: Order, *sections: str) -> 
                 f"studies {other.study.name} and {order.study.name} both make {slug}, but with another [{section}]: "
                 "make the sections equal, or give one study a corpus `name` or a dictionary `variant` of its own"
             )
+
+
+def adopt(file: Path) -> str:
+    """Link a study file into the home folder, so that Dagster's UI knows it too, and return the study's name.
+
+    Raises:
+        StudyError: the file is no study, its name is another's, or it does not go together with those that are known;
+            it is not linked then.
+    """
+    path = file.expanduser().resolve()
+    own = load_study(path)
+    files = {file.stem: file.resolve() for folder in study_folders() for file in folder.glob("*.toml")}
+    if files.get(own.name, path) != path and files[own.name].is_file():
+        raise StudyError(f"another study is called {own.name} ({files[own.name]}): rename {path.name}")
+    Studies([*(s for s in Studies.load(*study_folders()) if s.name != own.name), own])  # do they go together?
+    link = home() / "studies" / f"{own.name}.toml"
+    if files.get(own.name) != path:
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)  # it leads nowhere
+        link.symlink_to(path)
+    return own.name

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipelines.cli import export
+from pipelines.commands.use import export
 from sae_core import interop
 from sae_core.artifacts import ArtifactError
 from sae_core.dictionary import Dictionary

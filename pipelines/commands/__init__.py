@@ -1,0 +1,1 @@
+"""The commands of `mind-atlas`, by what a person wants to do."""

@@ -1,0 +1,125 @@
+"""Commands that look into an atlas."""
+
+from pathlib import Path
+
+import click
+
+from pipelines.commands.shared import as_json, chosen, open_atlas, open_model
+from sae_core.artifacts import ArtifactStore, home
+
+
+@click.command()
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write FVU against L0 as a picture here.")
+@as_json
+def dictionaries(plot: Path | None, json_: bool) -> None:
+    """Every finished dictionary, with what it costs in active features and what it explains with them."""
+    from pipelines.console import out, print_json, table
+    from sae_core.frontier import Point, frontier
+
+    points = frontier(ArtifactStore(home()))
+    if plot is not None:
+        from assets.plots import frontier_figure
+
+        frontier_figure(points).savefig(plot)
+    if json_:
+        print_json([point._asdict() for point in points])
+    else:
+        out.print(table(Point._fields, points))
+
+
+@click.command()
+@click.argument("words", nargs=-1, required=True)
+@click.option("--limit", default=10, show_default=True, type=click.IntRange(1))
+@chosen
+@as_json
+def features(words: tuple[str, ...], limit: int, study: str, dictionary: str, json_: bool) -> None:
+    """Find features by WORDS in their labels, examples and promoted tokens."""
+    from pipelines.console import doubted, out, print_json, table
+
+    atlas = open_atlas(study, dictionary)
+    hits = atlas.search(" ".join(words), limit)
+    if json_:
+        print_json(hits)
+    elif hits:
+        rows = [(h.feature, doubted(h.label, h.beats_control), h.score, h.density, h.why) for h in hits]
+        out.print(table(("feature", "label", "score", "density", "found in"), rows))
+    else:
+        out.print("nothing found: try fewer or other words", markup=False)
+
+
+@click.command()
+@click.argument("number", type=int)
+@click.option("--examples", default=8, show_default=True, type=click.IntRange(0), help="Examples shown.")
+@chosen
+@as_json
+def feature(number: int, examples: int, study: str, dictionary: str, json_: bool) -> None:
+    """Feature NUMBER: its label, how often it fires and on what, what it promotes, and its neighbors."""
+    from pipelines.console import print_json
+    from pipelines.summary import show_feature
+
+    card = open_atlas(study, dictionary).feature(number)
+    print_json(card) if json_ else show_feature(card, examples)
+
+
+@click.command()
+@click.argument("text")
+@click.option("--top", default=5, show_default=True, type=click.IntRange(1), help="Features shown for each token.")
+@chosen
+@as_json
+def explain(text: str, top: int, study: str, dictionary: str, json_: bool) -> None:
+    """Which features fire on TEXT, token by token."""
+    from pipelines.console import out, print_json, table
+
+    atlas = open_atlas(study, dictionary)
+    tokens = atlas.explain(open_model(atlas), text, top)
+    if json_:
+        print_json(tokens)
+        return
+    for token in tokens:
+        out.print(f"\n{token.token!r}", style="bold", markup=False)
+        out.print(table(("feature", "activation", "label"), [(f.feature, f.value, f.label) for f in token.features]))
+
+
+@click.command()
+@click.option("--positive", "positive_file", type=click.Path(path_type=Path), help="Prompts, one a line, or JSONL.")
+@click.option("--negative", "negative_file", type=click.Path(path_type=Path), help="The same, of the other kind.")
+@click.option("--positive-text", multiple=True, metavar="TEXT", help="One positive; may be given several times.")
+@click.option("--negative-text", multiple=True, metavar="TEXT", help="One negative.")
+@click.option("--prompt", default="", help="In place of two sets: what fires on this one prompt.")
+@click.option(
+    "--direction", type=click.Choice(["difference", "probe"]),
+    help="Rank by the angle to the difference of the sets' means, or to a linear probe, in place of the activations.",
+)  # fmt: skip
+@click.option("--limit", default=10, show_default=True, type=click.IntRange(1))
+@chosen
+@as_json
+def contrast(
+    positive_file: Path | None, negative_file: Path | None, positive_text: tuple[str, ...],
+    negative_text: tuple[str, ...], prompt: str, direction: str | None, limit: int,
+    study: str, dictionary: str, json_: bool,
+) -> None:  # fmt: skip
+    """Features that tell two sets of prompts apart: chosen on one half of them, judged on the other."""
+    from pipelines.console import print_json
+    from pipelines.reports import show_contrast, show_rows
+    from sae_core import prompt_search as by
+    from sae_core.prompt_reader import PromptReader
+
+    sides = [
+        [*(by.read_prompts(file) if file else ()), *texts]
+        for file, texts in ((positive_file, positive_text), (negative_file, negative_text))
+    ]
+    if prompt and any(sides):
+        raise click.UsageError("give either --prompt or two sets of prompts")
+    sets = None if prompt else by.split_prompts(sides[0], sides[1])
+    atlas = open_atlas(study, dictionary)
+    reader = PromptReader.of(atlas, open_model(atlas))
+    if sets is None:
+        on_prompt = by.by_prompt(atlas, reader, prompt, limit)
+        print_json([row._asdict() for row in on_prompt]) if json_ else show_rows(on_prompt)
+    elif direction:
+        raw = [reader.pool(side).raw for side in sides]
+        near = by.nearest(atlas, reader, by.direction(raw[0], raw[1], direction), limit)  # type: ignore[arg-type]
+        print_json([row._asdict() for row in near]) if json_ else show_rows(near)
+    else:
+        found = by.contrast(atlas, reader, sets, limit)
+        print_json(found) if json_ else show_contrast(found)

@@ -1,0 +1,145 @@
+"""Commands that use an atlas: to steer the model, to watch texts, in another program."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipelines.commands.shared import as_json, chosen, open_atlas, open_model
+from sae_core.artifacts import ArtifactStore, home
+from sae_core.errors import MindAtlasError
+
+
+@click.command()
+@click.argument("prompt")
+@click.option(
+    "--feature", "features", multiple=True, required=True, metavar="N=STRENGTH",
+    help="Steer feature N with STRENGTH; may be given several times.",
+)  # fmt: skip
+@click.option(
+    "--method", type=click.Choice(["clamp", "add", "scale", "min_clamp"]), default="clamp", show_default=True,
+    help="Strength is in maxima of the feature over the corpus: hold it there, add that, keep it at least there; "
+    "or, with scale, what its activation is multiplied by.",
+)  # fmt: skip
+@click.option(
+    "--scope", type=click.Choice(["all", "generated", "last_turn", "no_special"]), default="all", show_default=True,
+    help="Positions that are steered.",
+)  # fmt: skip
+@click.option("--max-tokens", default=60, show_default=True, type=click.IntRange(1))
+@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0))
+@click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True))
+@click.option("--seed", default=0, show_default=True, help="Seed of both answers.")
+@click.option("--stop", multiple=True, help="Text that ends an answer; may be given several times.")
+@chosen
+@as_json
+def steer(
+    prompt: str, features: tuple[str, ...], method: Any, scope: Any, max_tokens: int, temperature: float,
+    top_p: float, seed: int, stop: tuple[str, ...], study: str, dictionary: str, json_: bool,
+) -> None:  # fmt: skip
+    """The model's answer to PROMPT as it is, and with features steered, side by side."""
+    wanted = [_strength(text) for text in features]  # first of all: a typing error is answered at once
+    from pipelines.console import err, print_json
+    from pipelines.summary import show_side_by_side
+    from sae_core.generation import Sampling, read_prompt, side_by_side
+    from sae_core.steering import Steer, Steering, cautions
+
+    atlas = open_atlas(study, dictionary)
+    steers = [Steer(number, strength, method) for number, strength in wanted]
+    steering = Steering.of(atlas, steers, scope)
+    lm = open_model(atlas)
+    notes = cautions(atlas, steers)
+    if not lm.tokenizer.chat_template:
+        notes.append("the model has no chat template: it completes the prompt as plain text")
+    for note in notes:
+        err.print(f"note: {note}", markup=False)
+    sampling = Sampling(max_tokens, temperature, top_p, seed, stop)
+    streams = side_by_side(lm, read_prompt(lm, [{"role": "user", "content": prompt}]), sampling, steering)
+    told = [{**steer._asdict(), "label": atlas.name(steer.feature)} for steer in steers]
+    if not json_:
+        show_side_by_side(streams, told)
+        return
+    tokens: dict[str, list[Any]] = {"default": [], "steered": []}
+    for name, token in streams:
+        tokens[name].append(token._asdict())
+    answers = {name: "".join(token["text"] for token in said) for name, said in tokens.items()}
+    print_json({"prompt": prompt, **answers, "steering": told, "scope": scope, "notes": notes, "tokens": tokens})
+
+
+@click.command()
+@click.argument("file", type=click.File("rb"), default="-")
+@click.option("--concept", "concepts", multiple=True, metavar="NAME", help="Watch for this one (default: all).")
+@click.option(
+    "--false-positive-rate", "rate", default=0.05, show_default=True,
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+)  # fmt: skip
+@click.option(
+    "--base-rate", default=0.5, show_default=True, type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Share of texts that are about a concept, for the probabilities.",
+)  # fmt: skip
+@click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Lines read before an answer.")
+@chosen
+def monitor(
+    file: Any, concepts: tuple[str, ...], rate: float, base_rate: float, batch: int, study: str, dictionary: str
+) -> None:
+    """Read texts or chats from FILE (standard input), one a line, and print each alert as a line of JSON.
+
+    A line is plain text, or JSON with `text` or `messages`. Thresholds come from the audit of the dictionary.
+    """
+    from pipelines.reports import watch
+    from sae_core.prompt_reader import PromptReader
+    from sae_core.safety.monitor import MONITOR, Monitor, load_detectors
+
+    atlas = open_atlas(study, dictionary)
+    store = ArtifactStore(home())  # reports are no part of what is promoted
+    if store.manifest("safety", atlas.dictionary) is None:
+        raise MindAtlasError(f"no audit of {atlas.dictionary} has set thresholds: `mind-atlas audit` does")
+    detectors = load_detectors(store.get("safety", atlas.dictionary).folder / MONITOR, concepts)
+    reader = PromptReader.of(atlas, open_model(atlas, as_harvested=True))
+    watch(Monitor(reader, detectors, rate, base_rate), file, batch)
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "format_",
+    required=True,
+    help="What is to read it.",
+    type=click.Choice(["saelens", "dictionary_learning", "sparsify", "neuronpedia", "site"]),
+)
+@click.option("--limit", type=click.IntRange(1), help="Features of a site, labeled ones first (default: all).")
+@chosen
+@as_json
+def export(folder: Path, format_: str, limit: int | None, study: str, dictionary: str, json_: bool) -> None:
+    """Write into the new folder FOLDER: a dictionary for another library, an atlas for Neuronpedia, or a web site."""
+    from pipelines.console import out, print_json
+    from sae_core import interop
+
+    if limit is not None and format_ != "site":
+        raise click.BadParameter("only a site is limited", param_hint="--limit")
+    atlas = open_atlas(study, dictionary)
+    told = {"dictionary": atlas.dictionary, "format": format_, "folder": str(folder.absolute())}
+    if format_ == "site":
+        from pipelines.console import progress
+        from sae_core.serve.site import write_site
+
+        with progress() as watch:
+            told |= write_site(atlas.store, atlas.dictionary, folder, limit, watch("site"))
+    elif format_ == "neuronpedia":
+        from sae_core.interop import neuronpedia
+
+        told["folder"] = str(neuronpedia.write(atlas, folder).absolute())
+    else:
+        interop.write(atlas.load_dictionary(), folder, format_, atlas.site)
+    if json_:
+        print_json(told)
+    else:
+        out.print(f"{atlas.dictionary} is in {told['folder']}, as {format_}", markup=False)
+
+
+def _strength(text: str) -> tuple[int, float]:
+    number, equals, strength = text.partition("=")
+    try:
+        return int(number), float(strength if equals else "nothing")
+    except ValueError:
+        raise click.BadParameter(f"{text!r}: write NUMBER=STRENGTH, as in 1234=10", param_hint="--feature") from None
