@@ -55,7 +55,6 @@ def cli(context: click.Context, debug: bool) -> None:
     for name in ("MIND_ATLAS_HOME", "MIND_ATLAS_CACHE", "DAGSTER_HOME"):  # `run` and `ui` change the folder
         if os.environ.get(name):
             os.environ[name] = str(Path(os.environ[name]).expanduser().absolute())
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall on a busy machine
     if not debug:
         warnings.filterwarnings("ignore")
         logging.disable(logging.WARNING)
