@@ -38,7 +38,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     data = str(folder / "data")
     as_server(initdb, "-D", data, "-U", "atlas", "-A", "trust")
     as_server(pg_ctl, "-D", data, "-w", "-l", str(folder / "log"), "-o", f"-k {folder} -c listen_addresses=''", "start")
-    yield f"postgresql://atlas@/postgres?host={folder}"
+    yield f"postgresql+psycopg2://atlas@/postgres?host={folder}"
     as_server(pg_ctl, "-D", data, "-m", "immediate", "stop")
     shutil.rmtree(folder)
 
