@@ -114,6 +114,10 @@ class StandIn:
         """Rows by token id, plus one by document."""
         return [self._ready[token_ids.long() % len(self._ready)] + self._documents[segments.long() % 1024]]
 
+    def is_special(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """None is."""
+        return torch.zeros_like(token_ids, dtype=torch.bool)
+
 
 def write_corpus(folder: Path, n_tokens: int) -> np.ndarray:
     """Random tokens in documents of 50 to 600 tokens, all for training; returns the document of each place."""
