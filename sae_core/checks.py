@@ -162,6 +162,12 @@ CHECKS: dict[str, list[Check]] = {
             _number("n_lost"), lambda wanted, order: Bounds(high=0),
         ),
     ],
+    "behaviors": [
+        Check(
+            "measured", "Effects on behaviors that are no number.",
+            _number("n_not_finite"), lambda wanted, order: Bounds(high=0),
+        ),
+    ],
     "multilingual": [
         Check(
             "beyond_chance", "Similarity of true pairs of texts, less that of shuffled ones.",

@@ -31,7 +31,7 @@ from sae_core.study import MultilingualSettings
 REPORT = "multilingual.json"
 TABLE = "multilingual.parquet"
 SHOWN = 12
-"""Features shown in the report, and items shown of each."""
+"""Features of each parallel text that the report shows, with the items that each fires on."""
 _CHARACTERS = 160
 _SCHEMA = pa.schema({
     "parallel": pa.string(), "feature": pa.int64(), "label": pa.string(), "languages": pa.int64(),
@@ -99,11 +99,17 @@ def build_multilingual(
     settings: MultilingualSettings, atlas: Atlas, lm: LanguageModel, folder: Path, report: Report = silent
 ) -> dict[str, Any]:
     """Write `multilingual.json`, `.parquet` and `.md`; returns the numbers. Raises MultilingualError, CatalogError."""
-    reader = PromptReader.of(atlas, lm)
-    texts = parallel_texts(settings)
+    return report_on(parallel_texts(settings), settings, atlas, PromptReader.of(atlas, lm), folder, report)
+
+
+def report_on(
+    texts: Sequence[Parallel], settings: MultilingualSettings, atlas: Atlas, reader: PromptReader, folder: Path,
+    report: Report = silent,
+) -> dict[str, Any]:  # fmt: skip
+    """The same of given texts."""
     found = [compare(settings, parallel, reader, atlas, report) for parallel in texts]
-    shown = [_as_json(f, parallel) for f, parallel in zip(found, texts, strict=True)]
-    (folder / REPORT).write_text(json.dumps(shown, ensure_ascii=False, indent=1), "utf-8")
+    shown = [_as_json(f, parallel, reader) for f, parallel in zip(found, texts, strict=True)]
+    (folder / REPORT).write_text(json.dumps(shown, ensure_ascii=False), "utf-8")
     rows = [{"parallel": f.name, **_fields(feature)} for f in found for feature in f.features]
     pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), folder / TABLE)
     (folder / "multilingual.md").write_text(markdown(found, texts, atlas.dictionary), "utf-8")
@@ -233,14 +239,25 @@ def _fields(feature: MultilingualFeature) -> dict[str, Any]:
     return {name: getattr(feature, name) for name in MultilingualFeature.__dataclass_fields__}
 
 
-def _as_json(found: ParallelReport, parallel: Parallel) -> dict[str, Any]:
-    """The report, and the texts of the items that its features fire on, in all languages."""
-    features = [
-        _fields(f) | {"texts": [{language: texts[item] for language, texts in
-                                 zip(parallel.languages, parallel.texts, strict=True)} for item in f.items]}
-        for f in found.features
-    ]  # fmt: skip
+def _as_json(found: ParallelReport, parallel: Parallel, reader: PromptReader) -> dict[str, Any]:
+    """The report; and, of the best features, the items that each fires on, in all languages, token by token."""
+    features = [_fields(f) | {"examples": []} for f in found.features]
+    shown = found.features[:SHOWN]
+    items = sorted({item for f in shown for item in f.items})
+    read = {
+        (language, item): reader.on_tokens(texts[item], [f.feature for f in shown])
+        for language, texts in zip(parallel.languages, parallel.texts, strict=True) for item in items
+    }  # fmt: skip
+    for column, feature in enumerate(shown):
+        features[column]["examples"] = [
+            [_example(language, *read[language, item], column) for language in parallel.languages]
+            for item in feature.items
+        ]
     return {name: getattr(found, name) for name in ParallelReport.__dataclass_fields__} | {"features": features}
+
+
+def _example(language: str, tokens: list[str], values: np.ndarray, column: int) -> dict[str, Any]:
+    return {"language": language, "tokens": tokens, "acts": values[:, column].round(4).tolist()}
 
 
 def markdown(reports: Sequence[ParallelReport], texts: Sequence[Parallel], dictionary: str) -> str:

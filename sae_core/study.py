@@ -404,6 +404,19 @@ class SafetySettings(Settings):
     """Rate of false alarms that the monitors are measured at."""
 
 
+class BehaviorSettings(Settings):
+    """What steering with the features of the audit does to behaviors, against controls."""
+
+    features: int = Field(2, ge=1)
+    """Features steered for each behavior: the best that the audit kept for its concept."""
+    strength: float = Field(2.0, gt=0)
+    """Up and down are clamps to this many maxima of the feature, and to as many below zero."""
+    controls: int = Field(10, ge=1)
+    """Random directions, and random other features, that each change is held against."""
+    seed: int = 0
+    """Of the controls."""
+
+
 class MultilingualSettings(Settings):
     """Which features fire on the same content in several languages."""
 
@@ -478,6 +491,7 @@ class Study(Settings):
     steering_report: SteeringReportSettings = SteeringReportSettings()
     labels: LabelSettings = LabelSettings()
     safety: SafetySettings = SafetySettings()
+    behaviors: BehaviorSettings = BehaviorSettings()
     multilingual: MultilingualSettings = MultilingualSettings()
     checks: CheckSettings = CheckSettings()
     retraining: RetrainingSettings = RetrainingSettings()
