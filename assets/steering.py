@@ -12,7 +12,11 @@ from assets.partitions import corpus_of_dictionary, site_of_dictionary
 from assets.per_dictionary import REPORTS, Task, markdown, per_dictionary
 from sae_core.study import SteeringReportSettings, SteeringSettings
 
-_READ = [dictionary, features, dg.AssetDep(activations, partition_mapping=site_of_dictionary)]
+_READ: list[dg.AssetsDefinition | dg.AssetDep] = [
+    dictionary,
+    features,
+    dg.AssetDep(activations, partition_mapping=site_of_dictionary),
+]
 
 
 @per_dictionary(SteeringSettings, _READ, "steering", {"pytorch", "parquet"})

@@ -152,9 +152,7 @@ class PromptReader:
         n_windowed = len({w.text for w in windows if w.start})
         return Pooled(largest, mean, (raw * scale[:, None]).astype(np.float32), tokens, n_windowed)
 
-    def on_tokens(
-        self, text: str, features: Sequence[int]
-    ) -> tuple[list[str], Float32[np.ndarray, "tokens features"]]:
+    def on_tokens(self, text: str, features: Sequence[int]) -> tuple[list[str], Float32[np.ndarray, "tokens features"]]:
         """The tokens of a text, and what some features have on each; nothing on sinks. Raises PromptError."""
         windows = sorted((w for batch in self.read(self.windows([text])) for w in batch), key=lambda w: w.window.start)
         acts = torch.cat([w.acts for w in windows])

@@ -147,7 +147,7 @@ def split_prompts(positive: Sequence[str], negative: Sequence[str], seed: int = 
     sides = {"positive": _unique(positive), "negative": _unique(negative)}
     both = set(sides["positive"]) & set(sides["negative"])
     kept = [[text for text in side if text not in both] for side in sides.values()]
-    for name, given, side in zip(sides, (positive, negative), kept, strict=True):
+    for (name, given), side in zip(sides.items(), kept, strict=True):
         if not side:
             why = f"all {len(given)} are on both sides" if given else "there is none"
             raise PromptError(f"no {name} prompts ({why}): a contrast needs both sides")

@@ -6,8 +6,8 @@
                                        -> steering       and, of all together: atlas
     steering -> steering_report
 
-and, when they are asked for, the reports `safety` (which reads features and steering), `behaviors` (of the features that
-`safety` found) and `multilingual`.
+and, when they are asked for, the reports `safety` (of features and steering), `behaviors` (of the features that it
+found) and `multilingual`.
 
 A stage's version is raised when its code gives another result for the same settings.
 """

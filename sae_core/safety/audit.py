@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +29,8 @@ from sae_core.study import SafetySettings
 
 AUDIT = "audit.json"
 TABLE = "audit.parquet"
+CALIBRATED_TEXTS = 200
+"""Texts without which a rate of false alarms is not held against the one asked for: with 200 and 5%, 10 alarms."""
 FOUND_AUC, FOUND_LOW = 0.9, 0.8
 """A concept counts as found when its best feature's AUC on unseen prompts, and its interval's low end, are no less."""
 STATUSES = ("found", "stand-in", "partly", "not found", "no claim")
@@ -82,6 +84,12 @@ class Measured(NamedTuple):
     def rate(self) -> float:
         """Of false alarms."""
         return self.false_positives / self.negatives
+
+    @property
+    def off(self) -> float:
+        """The factor by which the rate is above or below the one asked for; no alarm counts as half of one."""
+        rate = max(self.false_positives, 0.5) / self.negatives
+        return max(rate / self.asked, self.asked / rate)
 
 
 @dataclass(frozen=True)
@@ -182,10 +190,16 @@ def build_audit(
         "concepts": len(audits),
         **{re.sub("[ -]", "_", key): status.count(key) for key in STATUSES},
         "monitors": len(detectors),
+        "calibration_off": max((a.monitor.off for a in audits if is_rated(a.monitor)), default=1.0),
         "n_lost": len(lost),
         "names_found": [a.concept for a in audits if a.status == "found"] + _unseen("names_found", before, audits),
         "names_lost": lost + _unseen("names_lost", before, audits),
     }
+
+
+def is_rated(monitor: Measured | None) -> TypeGuard[Measured]:
+    """Whether it was measured on enough texts to hold its rate of false alarms against the one asked for."""
+    return monitor is not None and monitor.negatives >= CALIBRATED_TEXTS
 
 
 def _unseen(key: str, before: dict[str, Any] | None, audits: Sequence[ConceptAudit]) -> list[str]:
@@ -258,7 +272,7 @@ def _audit_one(concept: Concept, drawn: Drawn, ground: _Ground) -> tuple[Concept
     far = drawn.shifted if drawn.shifted and all(drawn.shifted) else None
     shifted = [read(side) for side in far] if far else None
     groups = _groups(drawn.positive["test"]), _groups(drawn.negative["test"])
-    best = best_features(*find, *test, ground.settings.features, ground.atlas.name, groups)
+    best = best_features(find[0], find[1], test[0], test[1], ground.settings.features, ground.atlas.name, groups)
     probe = fit_probe(find[0].raw, find[1].raw)
     words = fit_words(*([text.text for text in side["find"]] for side in sides))
     live = np.union1d(find[0].max.indices, find[1].max.indices)
@@ -271,10 +285,10 @@ def _audit_one(concept: Concept, drawn: Drawn, ground: _Ground) -> tuple[Concept
         int((read(_all(sides)).tokens > ground.window_tokens).sum()), drawn.why_no_claim,
         ground.evidence(best, concept.about, shifted),
         _rated((probe.scores(side.raw) for side in test), groups),
-        _rated((_by_words(words, side["test"]) for side in sides), groups), random_features(live, *test),
+        _rated((_by_words(words, side["test"]) for side in sides), groups), random_features(live, test[0], test[1]),
         _rated(probe.scores(side.raw) for side in shifted) if shifted else None,
         _rated(_by_words(words, side) for side in far) if far else None,
-        random_features(live, *shifted) if shifted else None, measured, why,
+        random_features(live, shifted[0], shifted[1]) if shifted else None, measured, why,
     )  # fmt: skip
     return found, detector
 
@@ -332,8 +346,12 @@ def as_json(found: ConceptAudit) -> dict[str, Any]:
     from sae_core.safety.report import verdict
 
     rows = [
-        {**asdict(c.separating), "specificity": c.specificity._asdict(), "shifted": _dict(c.shifted),
-         "steers": c.steers._asdict()}
+        {
+            **asdict(c.separating),
+            "specificity": c.specificity._asdict(),
+            "shifted": _dict(c.shifted),
+            "steers": c.steers._asdict(),
+        }
         for c in found.candidates
     ]
     named = ("probe", "words", "random", "shifted_probe", "shifted_words", "shifted_random", "monitor")

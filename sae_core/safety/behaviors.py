@@ -284,7 +284,7 @@ def _parts(ones: int) -> tuple[slice, slice]:
 def _logprobs(
     subject: Subject, prompt: list[int], stem: tuple[int, ...], ways: list[list[int]], conditions: Sequence[Condition]
 ) -> Float[np.ndarray, "conditions ways"]:
-    """Log-probability of each way after the prompt, if it begins with the stem and one token follows; else no matter."""
+    """Log-probability of each way after the prompt, of those that are the stem and one token more."""
     ids, first = [*prompt, *stem], len(prompt) - 1
     found = np.full((len(conditions), len(ways)), -np.inf)
     step = max(1, _LOGITS // (len(ids) * subject.lm.vocab_size))
@@ -347,11 +347,13 @@ def _is_control(other: Effect, effect: Effect) -> bool:
 def _verdict(effects: Sequence[Effect], own: Sequence[Effect]) -> str:
     """What all of it comes to, luck counted."""
     if not own:
-        return "Nothing was measured: the audit has no feature for any of these, or the model knows none of the answers."
+        return (
+            "Nothing was measured: the audit has no feature for any of these, or the model knows none of the answers."
+        )
     luck = sum(1 / (1 + sum(e.draws for e in effects if _is_control(e, effect))) for effect in own)
     far = beyond(own)
     told = "; ".join(f"{e.behavior}, feature {e.feature} {e.change}: {e.shift:+.2f}" for e in far)
     return (
-        f"Of {len(own)} changes by features, {len(far)} shift the odds further than every one of their random controls; "
-        f"luck alone would give {luck:.1f}." + (f" They are: {told}." if told else "")
+        f"Of {len(own)} changes by features, {len(far)} shift the odds further than all of their random controls; luck "
+        f"alone would give {luck:.1f}." + (f" They are: {told}." if told else "")
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sae_core.safety.audit import ConceptAudit, Rated
+from sae_core.safety.audit import CALIBRATED_TEXTS, ConceptAudit, Rated, is_rated
 from sae_core.safety.specificity import RIGHT
 from sae_core.safety.words import CAVEATS
 
@@ -109,9 +109,9 @@ def _row(found: ConceptAudit) -> str:
     right = f"rank {found.right_rank}" if found.right_rank else "none"
     cells = [
         found.concept, found.status, str(s.feature), s.label.replace("|", "\\|"), _auc(best.rated),
-        "-" if own.share is None else f"{own.share:.0%} ({own.corpus:.0%} of the corpus)", right, _auc(found.probe), _auc(found.words),
-        f"{found.random.mean:.2f} ({found.random.high:.2f})",
-        _elsewhere(found), "-" if best.steers.role is None else f"{best.steers.output_score:.2f} ({best.steers.role})",
+        "-" if own.share is None else f"{own.share:.0%} ({own.corpus:.0%} of the corpus)", right,
+        _auc(found.probe), _auc(found.words), f"{found.random.mean:.2f} ({found.random.high:.2f})", _elsewhere(found),
+        "-" if best.steers.role is None else f"{best.steers.output_score:.2f} ({best.steers.role})",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
@@ -140,4 +140,6 @@ def _monitors(audits: Sequence[ConceptAudit]) -> str:
                 f"| {found.concept} | {m.asked:.1%} | {m.rate:.1%} ({m.low:.1%}-{m.high:.1%}) | {m.negatives} | "
                 f"{m.true_positives} of {m.positives} |"
             )
-    return "\n".join([head, *rows])
+    rated = [f"{a.concept} {a.monitor.off:.2f}" for a in audits if is_rated(a.monitor)]
+    least = f"measured on at least {CALIBRATED_TEXTS} texts, by what factor the rate is off the one asked for"
+    return "\n".join([head, *rows, *([f"\nOf monitors {least}: {', '.join(rated)}."] if rated else [])])

@@ -34,7 +34,7 @@ def specificity(features: Features, feature: int, about: str, corpus: float) -> 
     """The share of firings whose surroundings (the example's tokens) match the regular expression `about`.
 
     Examples drawn at random from an activation level stand for the firings of that level. A pattern sees words and not
-    meaning: it misses what is said otherwise, and is fooled by a word that stands beside. `corpus` is `share_of_corpus`.
+    meaning: it misses what is said otherwise, and is fooled by a word that stands beside. `corpus`: `share_of_corpus`.
     """
     examples = features.examples(feature)
     hits = {id(e): is_about(e.tokens, about) for e in examples}

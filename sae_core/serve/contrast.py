@@ -130,7 +130,7 @@ async def contrast_answer(request: Request, atlas: ChosenAtlas) -> HTMLResponse:
             if (longest := max(map(len, prompts))) > MAX_CHARACTERS:
                 raise LiveError(f"a prompt has {longest:,} characters: give at most {MAX_CHARACTERS:,}", 413)
         by = next((by for by in RANKED if by == form.get("by")), "activations")
-        found = await contrast(request, ContrastQuestion(**sides, by=by, dictionary=atlas.dictionary))  # type: ignore[arg-type]
+        found = await contrast(request, ContrastQuestion(**sides, by=by, dictionary=atlas.dictionary))
     except LiveError as error:
         return _page(request, atlas, form, error=str(error), status=error.status)
     return _page(request, atlas, form, found=found)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from starlette.responses import Response
 
 from sae_core.atlas import Atlas
 from sae_core.errors import MindAtlasError
@@ -121,7 +120,7 @@ def monitor_api(shelf: Shelf, live: Live) -> APIRouter:
             assert isinstance(read, Watched), "what is read is told first"
             if asked.stream:
                 return EventStream(_lines(read, items), made, JSON_LINES)
-            alerts = sorted([alert async for some in items for alert in some])
+            alerts = sorted([alert async for alert in _alerts(items)])
             made.close()
             return MonitorAnswer(**read.model_dump(), alerts=[AlertView(**alert._asdict()) for alert in alerts])
         except BaseException:
@@ -150,13 +149,18 @@ def _watch(live: Live, atlas: Atlas, asked: MonitorQuestion) -> "Iterator[Watche
 
 async def _lines(read: Watched, items: "AsyncIterator[Watched | list[Alert]]") -> AsyncIterator[str]:
     try:
-        async for some in items:
-            assert isinstance(some, list), "after what was read, there are alerts"
-            for alert in some:
-                yield _line(alert._asdict())
+        async for alert in _alerts(items):
+            yield _line(alert._asdict())
         yield _line({"end": read.model_dump()})
     except MindAtlasError as error:
         yield _line({"error": {"message": str(error), "type": "server_error", "param": None, "code": None}})
+
+
+async def _alerts(items: "AsyncIterator[Watched | list[Alert]]") -> "AsyncIterator[Alert]":
+    async for some in items:
+        assert isinstance(some, list), "after what was read, there are alerts"
+        for alert in some:
+            yield alert
 
 
 def _line(row: dict[str, Any]) -> str:

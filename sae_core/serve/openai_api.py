@@ -231,7 +231,8 @@ def openai_api(atlas: Callable[[], Atlas], live: Live, presets: Presets | None =
         live: its language model; who comes when all its places are taken is told to come back.
         presets: steered models by name.
     """
-    models, router = SteeredModels(atlas, live, presets or {}), APIRouter(route_class=OpenAIRoute, include_in_schema=False)
+    models = SteeredModels(atlas, live, presets or {})
+    router = APIRouter(route_class=OpenAIRoute, include_in_schema=False)
 
     @router.get("/v1/models")
     def list_models() -> dict[str, Any]:
@@ -281,7 +282,9 @@ async def _read(request: Request, kind: type[_Chat] | type[_Completion]) -> Any:
 
 
 def _refusal(problem: Mapping[str, Any]) -> ApiError:
-    """What pydantic says of a field."""
+    """What pydantic says of a field, or FastAPI of the body."""
+    if problem["type"] == "json_invalid":
+        return ApiError(400, f"the body is no JSON: {problem['ctx']['error']}")
     where = ".".join(str(part) for part in problem["loc"] if part != "body")
     return ApiError(400, f"{where}: {problem['msg']}" if where else str(problem["msg"]), where or None)
 

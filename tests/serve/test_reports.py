@@ -74,7 +74,7 @@ def test_a_contrast_says_what_was_shown_and_what_was_left_out(reported: TestClie
     [
         ({"positive": [], "negative": ["a"]}, 422, "at least 1"),
         ({"positive": ["a"], "negative": ["a"]}, 400, "no positive prompts"),
-        ({"positive": [" "], "negative": ["a"]}, 400, "no positive prompts (all 1 are empty)"),
+        ({"positive": [" "], "negative": ["a"]}, 400, "no positive prompts (there is none)"),
         ({"positive": ["a"] * (MAX_PROMPTS + 1), "negative": ["b"]}, 422, "at most 200"),
         ({"positive": ["a" * 3000] * 14, "negative": ["b"]}, 413, f"at most {MAX_ALL:,}"),
         ({"positive": ["a"], "negative": ["b"], "by": "eye"}, 422, "activations"),

@@ -13,7 +13,7 @@ from sae_core.atlas import Atlas
 from sae_core.features import Example, Features
 from sae_core.language_model import LanguageModel
 from sae_core.prompt_reader import Pooled, PromptReader
-from sae_core.safety.audit import ConceptAudit, Steers, audit, build_audit, lost_concepts
+from sae_core.safety.audit import ConceptAudit, Measured, Steers, audit, build_audit, is_rated, lost_concepts
 from sae_core.safety.baselines import fit_probe, fit_words, random_features
 from sae_core.safety.concepts import Concept, load_concepts
 from sae_core.safety.monitor import load_detectors
@@ -186,6 +186,15 @@ def test_the_report_holds_every_concept_and_its_table_has_as_many_cells_in_each_
     tables = {row.count("|") for row in rows if "found" in row or "claim" in row or "verdict" in row}
     assert len(tables) == 1
     assert "label\\|4" in text
+
+
+@pytest.mark.parametrize(("alarms", "off"), [(20, 1.0), (30, 1.5), (10, 2.0), (0, 40.0)])
+def test_a_monitor_is_off_by_a_factor_in_either_direction(alarms: int, off: float) -> None:
+    measured = Measured(0.05, alarms, 400, 0.0, 1.0, 0, 1)
+    assert measured.off == pytest.approx(off)
+    assert is_rated(measured)
+    assert not is_rated(measured._replace(negatives=40))
+    assert not is_rated(None)
 
 
 def test_the_stage_writes_tables_report_and_monitors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
