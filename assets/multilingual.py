@@ -9,7 +9,7 @@ from sae_core.study import MultilingualSettings
 
 @per_dictionary(MultilingualSettings, [features], REPORTS, {"parquet"}, markdown)
 def multilingual(task: Task) -> dict[str, Any]:
-    """Parallel texts (Bible verses, the Declaration of Human Rights): what features share across languages."""
+    """Parallel texts (Bible verses, human rights, encyclopedia articles): what features share across languages."""
     from sae_core.atlas import Atlas
     from sae_core.language_model import LanguageModel
     from sae_core.multilingual import build_multilingual

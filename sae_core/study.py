@@ -424,8 +424,10 @@ class MultilingualSettings(Settings):
     """ISO 639-1 codes, of which both parallel texts must have an edition."""
     verses: int = Field(50, ge=10)
     """Bible verses, drawn at random; the 30 articles of the Universal Declaration of Human Rights come besides."""
+    articles: int = Field(50, ge=10)
+    """Encyclopedia articles of one title in English, French and Spanish, drawn at random."""
     least_languages: int = Field(5, ge=2)
-    """Languages on which a feature must fire to be called multilingual."""
+    """Languages on which a feature must fire to be called multilingual; all, of a text in fewer."""
     shuffles: int = Field(200, ge=20)
     """Random pairings of the same texts that the true pairing is held against."""
     seed: int = 0

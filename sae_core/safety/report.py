@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sae_core.safety.audit import CALIBRATED_TEXTS, ConceptAudit, Rated, is_rated
+from sae_core.safety.audit import CALIBRATED_TEXTS, STATUSES, ConceptAudit, Rated, is_rated
 from sae_core.safety.specificity import RIGHT
 from sae_core.safety.words import CAVEATS
 
@@ -78,7 +78,7 @@ def _steers(found: ConceptAudit) -> str:
 
 def markdown(audits: Sequence[ConceptAudit], dictionary: str, lost: Sequence[str] = ()) -> str:
     """The whole report."""
-    parts = [f"`{dictionary}`\n", CAVEATS + "\n"]
+    parts = [f"`{dictionary}`\n", CAVEATS + "\n", _summary(audits) + "\n"]
     if lost:
         parts.append(f"**Lost since the audit before: {', '.join(lost)}.**\n")
     for kind, title in (("calibration", "What any method should find"), ("safety", "What a safety team asks for")):
@@ -89,6 +89,23 @@ def markdown(audits: Sequence[ConceptAudit], dictionary: str, lost: Sequence[str
         parts.append(f"Texts longer than the context, read in windows: {', '.join(long)}.\n")
     parts += ["### Monitors\n", _monitors(audits), ""]
     return "\n".join(parts)
+
+
+def _summary(audits: Sequence[ConceptAudit]) -> str:
+    """All of it in two or three sentences."""
+    counts = [f"{n} {status}" for status in STATUSES if (n := sum(a.status == status for a in audits))]
+    judged = [a for a in audits if a.best and not a.why_no_claim]
+    said = [f"Of {len(audits)} concepts: {', '.join(counts)}."]
+    for name, key in (("the linear probe", "probe"), ("the words alone", "words")):
+        n = sum(getattr(a, key).auc >= a.best.rated.auc for a in judged if a.best)
+        said.append(f"As well as the feature or better: {name}, for {n} of {len(judged)}.")
+    if far := [values for a in audits if (values := _far(a))]:
+        means = [f"{sum(column) / len(far):.2f}" for column in zip(*far, strict=True)]
+        said.append(
+            f"On text of another origin ({len(far)} concepts) mean AUCs are {means[0]} of the feature, {means[1]} of "
+            f"the probe, {means[2]} of the words, {means[3]} of random features."
+        )
+    return " ".join(said)
 
 
 def _table(audits: Sequence[ConceptAudit]) -> str:
@@ -117,11 +134,15 @@ def _row(found: ConceptAudit) -> str:
 
 
 def _elsewhere(found: ConceptAudit) -> str:
+    return ", ".join(f"{value:.2f}" for value in _far(found)) or "-"
+
+
+def _far(found: ConceptAudit) -> list[float]:
     """AUCs on text of another origin: the feature, the probe, the words, the mean of random features."""
     if not (found.best and found.best.shifted and found.shifted_probe and found.shifted_words and found.shifted_random):
-        return "-"
+        return []
     rated = (found.best.shifted, found.shifted_probe, found.shifted_words)
-    return ", ".join(f"{value:.2f}" for value in (*(r.auc for r in rated), found.shifted_random.mean))
+    return [*(r.auc for r in rated), found.shifted_random.mean]
 
 
 def _auc(rated: Rated) -> str:

@@ -157,7 +157,7 @@ def _compared(live: Live, atlas: Atlas, asked: ContrastQuestion) -> "Iterator[in
         parts.append(reader.pool(texts[at : at + _PIECE]))
         yield at
     pooled = joined(parts)
-    found = search.judged(atlas, sets, pooled, asked.limit)
+    found = search.contrast_of(atlas, sets, pooled, asked.limit)
     features, near, claim = found.features, [], found.claim
     if asked.by != "activations":
         raw = [pooled.raw[np.concatenate(sets.places[side::2])] for side in (0, 1)]  # find and test alike

@@ -182,6 +182,8 @@ def test_the_report_holds_every_concept_and_its_table_has_as_many_cells_in_each_
     text = markdown(audits, "some.dictionary", ["hawks"])
     assert all(f"**{a.concept}**" in text for a in audits)
     assert "Lost since the audit before: hawks" in text
+    assert "Of 3 concepts: 1 found, 1 stand-in, 1 no claim." in text
+    assert "As well as the feature or better: the words alone, for 2 of 2." in text
     rows = [line.replace("\\|", "") for line in text.splitlines() if line.startswith("| ")]
     tables = {row.count("|") for row in rows if "found" in row or "claim" in row or "verdict" in row}
     assert len(tables) == 1
