@@ -6,7 +6,7 @@ from urllib.parse import parse_qs
 
 import numpy as np
 from fastapi import APIRouter, Request
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, ValidationError
 from starlette.responses import HTMLResponse
 
 from sae_core.atlas import Atlas
@@ -123,17 +123,15 @@ async def contrast_answer(request: Request, atlas: ChosenAtlas) -> HTMLResponse:
     form = {key: values[0] for key, values in parse_qs((await request.body()).decode("utf-8", "replace")).items()}
     sides = {side: [line for line in form.get(side, "").splitlines() if line.strip()] for side in _SIDES}
     try:
-        for side, prompts in sides.items():
-            if not 0 < len(prompts) <= MAX_PROMPTS:
-                what = f"{len(prompts)} {side} prompts: give between 1 and {MAX_PROMPTS}, one a line"
-                raise LiveError(what, 400)
-            if (longest := max(map(len, prompts))) > MAX_CHARACTERS:
-                raise LiveError(f"a prompt has {longest:,} characters: give at most {MAX_CHARACTERS:,}", 413)
-        by = next((by for by in RANKED if by == form.get("by")), "activations")
-        found = await contrast(request, ContrastQuestion(**sides, by=by, dictionary=atlas.dictionary))
+        asked = ContrastQuestion.model_validate(
+            {**sides, "by": form.get("by", "activations"), "dictionary": atlas.dictionary}
+        )
+        return _page(request, atlas, form, found=await contrast(request, asked))
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        return _page(request, atlas, form, error=f"{wrong['loc'][0]}: {wrong['msg']}", status=400)
     except LiveError as error:
         return _page(request, atlas, form, error=str(error), status=error.status)
-    return _page(request, atlas, form, found=found)
 
 
 def _page(
