@@ -170,9 +170,9 @@ def reported_atlas(tiny_atlas: Path, tmp_path_factory: pytest.TempPathFactory) -
         lambda draft: build_audit(order.study.safety, atlas, lm, draft.parents["steering"].folder, draft.folder),
     )
     begins = {"en": "The old bridge", "fr": "Le pont traverse", "ru": "Мост пересекает"}
-    texts = [[f"{begin} {sign * 9}" for sign in "=-+*/%#@!?"] for begin in begins.values()]
+    texts = [[f"{begin}: {sentence}" for sentence in SENTENCES] for begin in begins.values()]
     settings = MultilingualSettings(least_languages=2, shuffles=20)
-    parallel, reader = Parallel("signs", [*begins], texts), PromptReader.of(atlas, lm)
+    parallel, reader = Parallel("sentences", [*begins], texts), PromptReader.of(atlas, lm)
     store.make(
         order.recipe("multilingual", slug),
         lambda draft: report_on([parallel], settings, atlas, reader, draft.folder),

@@ -201,7 +201,7 @@ def measure(
             kinds = _against(subject, steer, settings).items()
             done = {by: choose(subject, choices, conditions) for by, conditions in kinds}
             effects += _judged(behavior.name, feature, change, done, base)
-            report((2 + number * len(CHANGES) + place + 1) * len(items), total, "choices", feature=feature)
+            report((2 + number * len(CHANGES) + place + 1) * len(items), total, "choices")
     return effects
 
 

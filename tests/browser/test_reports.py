@@ -17,7 +17,7 @@ def test_the_audit_is_in_the_navigation_and_leads_to_features(page: Page):
     page.get_by_role("link", name="power seeking").click()
     article = page.locator("#c-power_seeking")
     expect(article).to_be_in_viewport()
-    expect(article).to_contain_text("A linear probe on raw activations")
+    expect(article).to_contain_text("on unseen prompts")
     expect(article).to_contain_text("As a monitor:")
     link = article.locator("ol a").first
     number = link.locator(".n").inner_text()
@@ -35,13 +35,13 @@ def test_two_sets_of_prompts_are_compared_by_keyboard_alone(page: Page):
     page.keyboard.press("Tab")
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
-    expect(page.locator("#found tbody tr").first).to_be_visible(timeout=60_000)
+    expect(page.locator("#told tbody tr").first).to_be_visible(timeout=60_000)
     expect(page.get_by_role("status")).to_contain_text("a claim needs 40 a side")
-    expect(page.locator("#found")).to_contain_text("6 find, positive; 6 find, negative; 6 test, positive")
+    expect(page.locator("#told")).to_contain_text("6 find, positive; 6 find, negative; 6 test, positive")
     expect(page.get_by_label("Negatives")).to_have_value(re.compile("^The bridge crosses river 0"))
     page.get_by_label("Rank by").select_option("difference")
     page.get_by_role("button", name="Compare").press("Enter")
-    expect(page.locator("#found ol.near li")).to_have_count(10)
+    expect(page.locator("#told ol.near li")).to_have_count(10)
     expect(page.get_by_role("status")).to_contain_text("an angle is no test")
 
 
@@ -65,7 +65,7 @@ def test_a_feature_is_shown_in_all_its_languages(page: Page):
     expect(item.locator(".example").nth(2)).to_contain_text("Мост")
     expect(page.locator(".languages .a").first).to_be_visible()
     page.get_by_role("link", name=re.compile("in all languages")).last.click()
-    expect(page).to_have_url(re.compile("text=signs&feature="))
+    expect(page).to_have_url(re.compile("text=sentences&feature="))
     expect(page.locator(".languages").first).to_be_visible()
 
 
@@ -79,7 +79,7 @@ def test_the_reports_are_accessible_and_fit_a_phone(chromium: Browser, server: s
             page.get_by_label("Positives").fill("def f(a):\ndef g(b):\ndef h(c):\ndef i(d):")
             page.get_by_label("Negatives").fill("One river.\nTwo rivers.\nThree rivers.\nFour rivers.")
             page.get_by_role("button", name="Compare").click()
-            expect(page.locator("#found")).to_be_visible(timeout=60_000)
+            expect(page.locator("#told")).to_be_visible(timeout=60_000)
         found = Axe().run(page)
         assert found.violations_count == 0, f"{address}: {found.generate_report()}"
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, address
