@@ -13,6 +13,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,7 +155,8 @@ def build_behaviors(
     for behavior in behaviors:
         if behavior.concept not in found:
             raise BehaviorError(f"the audit has no concept {behavior.concept!r}: make it whole with `mind-atlas audit`")
-        best = [candidate["feature"] for candidate in found[behavior.concept]["candidates"][: settings.features]]
+        kept = [candidate["feature"] for candidate in found[behavior.concept]["candidates"]]
+        best = [feature for feature in kept if subject.max_acts[feature] > 0][: settings.features]
         items = known(subject, behavior)
         counted[f"items_{behavior.name}"] = len(items)
         effects += measure(subject, behavior, items, best, settings, report) if items else []
@@ -264,43 +266,35 @@ def _choice(lm: LanguageModel, behavior: Behavior, item: dict[str, str], instruc
 def choose(subject: Subject, choices: Sequence[Choice], conditions: Sequence[Condition]) -> Chosen:
     """Log-odds of each choice under each condition.
 
-    Ways that begin alike are read once: those of one token need the prompt alone.
+    Ways that differ in their last token alone are read once: those of one token need the prompt alone.
     """
     odds, said = (np.zeros((len(conditions), len(choices))) for _ in range(2))
     for column, choice in enumerate(choices):
         ways = [*choice.one, *choice.other]
-        stems = list(dict.fromkeys(tuple(way[:-1]) for way in ways))
-        logprobs = np.stack([_logprobs(subject, choice.prompt, stem, ways, conditions) for stem in stems])
-        of = logprobs[[stems.index(tuple(way[:-1])) for way in ways], :, range(len(ways))]
-        one, other = (np.logaddexp.reduce(of[part], axis=0) for part in _parts(len(choice.one)))
+        of = np.zeros((len(conditions), len(ways)))
+        for stem in dict.fromkeys(tuple(way[:-1]) for way in ways):
+            fitting = [i for i, way in enumerate(ways) if tuple(way[:-1]) == stem]
+            of[:, fitting] = _logprobs(subject, choice.prompt, [*stem], [ways[i][-1] for i in fitting], conditions)
+        one, other = (np.logaddexp.reduce(side, axis=1) for side in np.split(of, [len(choice.one)], axis=1))
         odds[:, column], said[:, column] = one - other, np.logaddexp(one, other)
     return Chosen(odds, said)
 
 
-def _parts(ones: int) -> tuple[slice, slice]:
-    return slice(0, ones), slice(ones, None)
-
-
 def _logprobs(
-    subject: Subject, prompt: list[int], stem: tuple[int, ...], ways: list[list[int]], conditions: Sequence[Condition]
+    subject: Subject, prompt: list[int], stem: list[int], last: list[int], conditions: Sequence[Condition]
 ) -> Float[np.ndarray, "conditions ways"]:
-    """Log-probability of each way after the prompt, of those that are the stem and one token more."""
+    """Log-probability of the stem and each of the last tokens, after the prompt."""
     ids, first = [*prompt, *stem], len(prompt) - 1
-    found = np.full((len(conditions), len(ways)), -np.inf)
+    found = np.zeros((len(conditions), len(last)))
     step = max(1, _LOGITS // (len(ids) * subject.lm.vocab_size))
-    fitting = [i for i, way in enumerate(ways) if tuple(way[:-1]) == stem]
     for start in range(0, len(conditions), step):
         some = conditions[start : start + step]
-        batch = torch.tensor([ids] * len(some), device=subject.lm.device)
         steering = condition_steering(subject, some)
-        if steering is None:
-            logits = subject.lm.logits(batch)
-        else:
-            with steering.applied(subject.lm):
-                logits = subject.lm.logits(batch)
-        logprobs = logits[:, first:].float().log_softmax(-1).cpu().numpy()
-        for i in fitting:
-            found[start : start + len(some), i] = logprobs[:, range(len(ways[i])), ways[i]].sum(1)
+        with steering.applied(subject.lm) if steering else nullcontext():
+            logits = subject.lm.logits(torch.tensor([ids] * len(some), device=subject.lm.device))[:, first:]
+        logprobs = logits.float().log_softmax(-1).cpu().numpy()
+        shared = logprobs[:, range(len(stem)), stem].sum(1, keepdims=True)
+        found[start : start + len(some)] = shared + logprobs[:, -1, last]
     return found
 
 
