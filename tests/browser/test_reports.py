@@ -42,7 +42,7 @@ def test_two_sets_of_prompts_are_compared_by_keyboard_alone(page: Page):
     page.get_by_label("Rank by").select_option("difference")
     page.get_by_role("button", name="Compare").press("Enter")
     expect(page.locator("#told ol.near li")).to_have_count(10)
-    expect(page.get_by_role("status")).to_contain_text("an angle is no test")
+    expect(page.get_by_role("status")).to_contain_text("An angle is no test")
 
 
 def test_what_is_wrong_with_the_prompts_is_said_and_they_stay(chromium: Browser, server: str):
