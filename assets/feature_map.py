@@ -1,34 +1,22 @@
 """Feature map: a picture of all features in the plane, and their clusters."""
 
-import dagster as dg
+from typing import Any
 
-from assets.checks import specs
 from assets.dictionary import dictionary
-from assets.partitions import dictionaries
+from assets.per_dictionary import Task, per_dictionary
 from assets.plots import scatter
-from assets.resources import Workshop, launchpad
-from sae_core.stages import VERSIONS
+from sae_core.artifacts import Made
 from sae_core.study import FeatureMapSettings
 
-FeatureMapRun = launchpad(FeatureMapSettings)
+
+def _picture(made: Made) -> dict[str, Any]:
+    return {"map": scatter(made.folder / "map.parquet")}
 
 
-@dg.asset(
-    partitions_def=dictionaries,
-    deps=[dictionary],
-    group_name="atlas",
-    kinds={"parquet"},
-    code_version=str(VERSIONS["feature_map"]),
-    check_specs=specs("feature_map"),
-)
-def feature_map(context: dg.AssetExecutionContext, config: FeatureMapRun, workshop: Workshop) -> dg.MaterializeResult:
+@per_dictionary(FeatureMapSettings, [dictionary], "atlas", {"parquet"}, _picture)
+def feature_map(task: Task) -> dict[str, Any]:
     """UMAP of the decoder rows, and HDBSCAN clusters: nearby features mean similar things."""
     from sae_core.feature_map import build_feature_map
 
-    return workshop.make(
-        context, "feature_map", config,
-        lambda order, draft, report: build_feature_map(
-            order.study.feature_map, draft.parents["dictionary"].folder, draft.folder, report
-        ),
-        lambda made: {"map": scatter(made.folder / "map.parquet")},
-    )  # fmt: skip
+    draft = task.draft
+    return build_feature_map(task.study.feature_map, draft.parents["dictionary"].folder, draft.folder, task.report)

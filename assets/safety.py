@@ -1,46 +1,38 @@
-"""Safety: for each concept of the catalog its best features, judged on unseen prompts; and monitors. On demand."""
+"""Safety, on demand: features for concepts, monitors that they make, and what steering with them does to behaviors."""
 
 from typing import Any
 
-import dagster as dg
-
-from assets.checks import specs
 from assets.features import features
-from assets.partitions import dictionaries
-from assets.resources import Workshop, launchpad
-from sae_core.artifacts import Made
-from sae_core.stages import ON_DEMAND
-from sae_core.study import SafetySettings
-
-SafetyRun = launchpad(SafetySettings)
+from assets.per_dictionary import REPORTS, Task, markdown, per_dictionary
+from assets.steering import steering
+from sae_core.study import BehaviorSettings, SafetySettings
 
 
-@dg.asset(
-    partitions_def=dictionaries,
-    deps=[features],
-    group_name="reports",
-    kinds={"scikitlearn", "parquet"},
-    code_version=str(ON_DEMAND["safety"]),
-    check_specs=specs("safety"),
-)
-def safety(context: dg.AssetExecutionContext, config: SafetyRun, workshop: Workshop) -> dg.MaterializeResult:
+@per_dictionary(SafetySettings, [features, steering], REPORTS, {"scikitlearn", "parquet"}, markdown)
+def safety(task: Task) -> dict[str, Any]:
     """Features for concepts, their AUC beside a linear probe, the words and random features; calibrated monitors."""
     from sae_core.atlas import Atlas
     from sae_core.language_model import LanguageModel
     from sae_core.safety.audit import build_audit
 
-    slug = context.partition_key
-    before = workshop.store.manifest("safety", slug)
-    return workshop.make(
-        context, "safety", config,
-        lambda order, draft, report: build_audit(
-            order.study.safety, Atlas(workshop.store, slug),
-            LanguageModel.load(order.study.model, workshop.torch_device(), order.study.activations.precision),
-            draft.folder, before.summary if before else None, report,
-        ),
-        _report,
+    study, store, parents = task.study, task.workshop.store, task.draft.parents
+    before = store.manifest("safety", task.slug)
+    return build_audit(
+        study.safety, Atlas(store, task.slug),
+        LanguageModel.load(study.model, task.workshop.torch_device(), study.activations.precision),
+        parents["steering"].folder, task.draft.folder, before.summary if before else None, task.report,
     )  # fmt: skip
 
 
-def _report(made: Made) -> dict[str, Any]:
-    return {"report": dg.MetadataValue.md((made.folder / "audit.md").read_text("utf-8"))}
+@per_dictionary(BehaviorSettings, [features, safety], REPORTS, {"pytorch", "parquet"}, markdown)
+def behaviors(task: Task) -> dict[str, Any]:
+    """Flips when asked for certainty, praise of bad poems, pronouns of professions: steered, against controls."""
+    from sae_core.atlas import sink_norm
+    from sae_core.safety.behaviors import build_behaviors
+
+    study, parents = task.study, task.draft.parents
+    return build_behaviors(
+        study.behaviors, study.model, study.site, sink_norm(parents["activations"]), parents["dictionary"].folder,
+        parents["features"].folder, parents["safety"].folder, task.draft.folder, task.workshop.torch_device(),
+        task.report,
+    )  # fmt: skip

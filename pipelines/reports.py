@@ -71,8 +71,7 @@ def watch(monitor: Monitor, file: IO[bytes], batch: int) -> None:
     """Print the alerts of a stream of lines, each as a line of JSON, as soon as a batch of lines is there."""
     done = 0
     waiting: list[str] = []
-    texts = read_stream(_decoded(file), getattr(monitor.reader.lm.tokenizer, "apply_chat_template", None))
-    for text in texts:
+    for text in read_stream(_decoded(file), monitor.reader.lm.tokenizer):
         waiting.append(text)
         if len(waiting) == batch:
             done += _alert(monitor, waiting, done)

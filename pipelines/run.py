@@ -16,7 +16,7 @@ from assets.multilingual import multilingual
 from assets.neighbors import neighbors
 from assets.partitions import corpora, dictionaries, sites
 from assets.resources import STUDY_TAG, Workshop
-from assets.safety import safety
+from assets.safety import behaviors, safety
 from assets.steering import steering, steering_report
 from sae_core.artifacts import ATLAS, ArtifactStore, Recipe, Status
 from sae_core.generations import why_refused
@@ -25,7 +25,7 @@ from sae_core.study import Study
 
 ASSETS = [
     corpus, activations, dictionary, features, neighbors, feature_map, steering, labels, atlas, steering_report, safety,
-    multilingual,
+    behaviors, multilingual,
 ]  # fmt: skip
 
 make_corpus = dg.define_asset_job(

@@ -161,6 +161,16 @@ CHECKS: dict[str, list[Check]] = {
             "kept", "Concepts that the audit before found and this one does not.",
             _number("n_lost"), lambda wanted, order: Bounds(high=0),
         ),
+        Check(
+            "calibrated", "Largest factor by which a monitor's rate of false alarms, on enough texts, is off.",
+            _number("calibration_off"), lambda wanted, order: Bounds(high=1.5), warns=True,
+        ),
+    ],
+    "behaviors": [
+        Check(
+            "measured", "Effects on behaviors that are no number.",
+            _number("n_not_finite"), lambda wanted, order: Bounds(high=0),
+        ),
     ],
     "multilingual": [
         Check(

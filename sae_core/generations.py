@@ -84,7 +84,12 @@ class Snapshot(ArtifactStore):
         now = super().manifest(stage, slug)
         if kept:
             return now if now and now.fingerprint == kept.fingerprint else kept
-        return now if now and all(key in of and of[key].fingerprint == p for key, p in now.parents.items()) else None
+        return now if now and all(self._holds(key, p) for key, p in now.parents.items()) else None
+
+    def _holds(self, key: str, fingerprint: str) -> bool:
+        """Whether an artifact is the generation's, or was made from it."""
+        manifest = self.manifest(*key.split("/", 1))
+        return manifest is not None and manifest.fingerprint == fingerprint
 
     def slugs(self, stage: str) -> list[str]:
         """Slugs of the generation's artifacts of a stage."""

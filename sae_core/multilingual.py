@@ -1,9 +1,10 @@
 """Which features fire on the same content in several languages, held against the same texts paired at random.
 
-Two parallel texts: Bible verses of public-domain editions, and the articles of the Universal Declaration of Human
-Rights. A feature is multilingual in so far as it fires on the same items in language after language: its score is the
-mean correlation, over pairs of languages, of its values (largest over tokens) on the items. Shuffled items give the
-score that a feature has which knows languages, lengths or names of nothing but itself.
+Three parallel texts: Bible verses of public-domain editions, the articles of the Universal Declaration of Human Rights,
+and encyclopedia articles of the same title, which are no translations, in the languages that have them. A feature is
+multilingual in so far as it fires on the same items in language after language: its score is the mean correlation, over
+pairs of languages, of its values (largest over tokens) on the items. Shuffled items give the score that a feature has
+which knows languages, lengths or names of nothing but itself.
 """
 
 import json
@@ -21,7 +22,7 @@ from jaxtyping import Float
 from sae_core.atlas import Atlas
 from sae_core.catalog import fetch_text
 from sae_core.catalog_entries import TEXTS
-from sae_core.corpus.parsers import articles, read_members, read_verses
+from sae_core.corpus.parsers import articles, read_members, read_verses, summaries
 from sae_core.errors import MindAtlasError
 from sae_core.language_model import LanguageModel
 from sae_core.progress import Report, silent
@@ -31,7 +32,7 @@ from sae_core.study import MultilingualSettings
 REPORT = "multilingual.json"
 TABLE = "multilingual.parquet"
 SHOWN = 12
-"""Features shown in the report, and items shown of each."""
+"""Features of each parallel text that the report shows, with the items that each fires on."""
 _CHARACTERS = 160
 _SCHEMA = pa.schema({
     "parallel": pa.string(), "feature": pa.int64(), "label": pa.string(), "languages": pa.int64(),
@@ -99,11 +100,17 @@ def build_multilingual(
     settings: MultilingualSettings, atlas: Atlas, lm: LanguageModel, folder: Path, report: Report = silent
 ) -> dict[str, Any]:
     """Write `multilingual.json`, `.parquet` and `.md`; returns the numbers. Raises MultilingualError, CatalogError."""
-    reader = PromptReader.of(atlas, lm)
-    texts = parallel_texts(settings)
+    return report_on(parallel_texts(settings), settings, atlas, PromptReader.of(atlas, lm), folder, report)
+
+
+def report_on(
+    texts: Sequence[Parallel], settings: MultilingualSettings, atlas: Atlas, reader: PromptReader, folder: Path,
+    report: Report = silent,
+) -> dict[str, Any]:  # fmt: skip
+    """The same of given texts."""
     found = [compare(settings, parallel, reader, atlas, report) for parallel in texts]
-    shown = [_as_json(f, parallel) for f, parallel in zip(found, texts, strict=True)]
-    (folder / REPORT).write_text(json.dumps(shown, ensure_ascii=False, indent=1), "utf-8")
+    shown = [_as_json(f, parallel, reader) for f, parallel in zip(found, texts, strict=True)]
+    (folder / REPORT).write_text(json.dumps(shown, ensure_ascii=False), "utf-8")
     rows = [{"parallel": f.name, **_fields(feature)} for f in found for feature in f.features]
     pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), folder / TABLE)
     (folder / "multilingual.md").write_text(markdown(found, texts, atlas.dictionary), "utf-8")
@@ -113,7 +120,7 @@ def build_multilingual(
 
 
 def parallel_texts(settings: MultilingualSettings) -> list[Parallel]:
-    """Verses and articles in the languages asked for, each of at most 160 characters.
+    """Verses, articles and encyclopedia leads in the languages asked for, each of at most 160 characters.
 
     Raises MultilingualError for a language without both, or fewer than two.
     """
@@ -138,12 +145,24 @@ def parallel_texts(settings: MultilingualSettings) -> list[Parallel]:
     return [
         Parallel("verses", languages, by_language),
         Parallel("declaration", languages, [texts[:shortest] for texts in declared]),
+        *_leads([language for language in languages if f"wiki-{language}" in TEXTS], settings),
     ]
 
 
 def _articles(language: str) -> list[str]:
     entry = TEXTS[f"udhr-{language}"]
     return [text[:_CHARACTERS] for _, text in articles(read_members(fetch_text(entry), entry.members))]
+
+
+def _leads(languages: list[str], settings: MultilingualSettings) -> list[Parallel]:
+    """How articles begin whose title (mostly a name) is the same in all languages; nothing of one language."""
+    if len(languages) < 2:
+        return []
+    entries = [TEXTS[f"wiki-{language}"] for language in languages]
+    leads = [dict(summaries(read_members(fetch_text(entry), entry.members))) for entry in entries]
+    titles = sorted(set.intersection(*map(set, leads)))
+    chosen = np.sort(np.random.default_rng(settings.seed).permutation(len(titles))[: settings.articles])
+    return [Parallel("encyclopedia", languages, [[lead[titles[i]][:_CHARACTERS] for i in chosen] for lead in leads])]
 
 
 def compare(
@@ -153,19 +172,20 @@ def compare(
     n = len(parallel.texts[0])
     pooled = reader.pool([text for texts in parallel.texts for text in texts], report)
     languages = len(parallel.languages)
+    least = min(settings.least_languages, languages)
     fires_on = np.array([
         np.bincount(pooled.max[i * n : (i + 1) * n].indices, minlength=reader.dictionary.d_sae) > 0
         for i in range(languages)
     ]).sum(0)  # fmt: skip
-    tried = np.flatnonzero(fires_on >= settings.least_languages)
+    tried = np.flatnonzero(fires_on >= least)
     values = pooled.max[:, tried].toarray().reshape(languages, n, len(tried))
     rng = np.random.default_rng(settings.seed)
-    true, same = scores(values), shared(values, settings.least_languages)
+    true, same = scores(values), shared(values, least)
     luckiest, by_chance = [], np.zeros(len(tried))
     for _ in range(settings.shuffles):
         mixed = np.stack([language[rng.permutation(n)] for language in values])
         luckiest.append(float(scores(mixed).max(initial=0)))
-        by_chance += shared(mixed, settings.least_languages) / settings.shuffles
+        by_chance += shared(mixed, least) / settings.shuffles
     high = float(np.quantile(luckiest, 0.95))
     order = [i for i in np.argsort(-true, kind="stable").tolist() if true[i] > high]
     fires = (values > 0).sum(0)
@@ -233,14 +253,25 @@ def _fields(feature: MultilingualFeature) -> dict[str, Any]:
     return {name: getattr(feature, name) for name in MultilingualFeature.__dataclass_fields__}
 
 
-def _as_json(found: ParallelReport, parallel: Parallel) -> dict[str, Any]:
-    """The report, and the texts of the items that its features fire on, in all languages."""
-    features = [
-        _fields(f) | {"texts": [{language: texts[item] for language, texts in
-                                 zip(parallel.languages, parallel.texts, strict=True)} for item in f.items]}
-        for f in found.features
-    ]  # fmt: skip
+def _as_json(found: ParallelReport, parallel: Parallel, reader: PromptReader) -> dict[str, Any]:
+    """The report; and, of the best features, the items that each fires on, in all languages, token by token."""
+    features = [_fields(f) | {"examples": []} for f in found.features]
+    shown = found.features[:SHOWN]
+    items = sorted({item for f in shown for item in f.items})
+    read = {
+        (language, item): reader.on_tokens(texts[item], [f.feature for f in shown])
+        for language, texts in zip(parallel.languages, parallel.texts, strict=True) for item in items
+    }  # fmt: skip
+    for column, feature in enumerate(shown):
+        features[column]["examples"] = [
+            [_example(language, *read[language, item], column) for language in parallel.languages]
+            for item in feature.items
+        ]
     return {name: getattr(found, name) for name in ParallelReport.__dataclass_fields__} | {"features": features}
+
+
+def _example(language: str, tokens: list[str], values: np.ndarray, column: int) -> dict[str, Any]:
+    return {"language": language, "tokens": tokens, "acts": values[:, column].round(4).tolist()}
 
 
 def markdown(reports: Sequence[ParallelReport], texts: Sequence[Parallel], dictionary: str) -> str:

@@ -67,6 +67,13 @@ class Pooled(NamedTuple):
         return Pooled(self.max[index], self.mean[index], self.raw[index], tokens, self.n_windowed)
 
 
+def joined(parts: Sequence[Pooled]) -> Pooled:
+    """Texts that were pooled apart, in order."""
+    most, mean = (sparse.csr_array(sparse.vstack([getattr(p, name) for p in parts])) for name in ("max", "mean"))
+    raw, tokens = (np.concatenate([getattr(p, name) for p in parts]) for name in ("raw", "tokens"))
+    return Pooled(most, mean, raw, tokens, sum(p.n_windowed for p in parts))
+
+
 class PromptReader:
     """Reads texts at the site of a dictionary. One model serves one thread at a time."""
 
@@ -81,11 +88,15 @@ class PromptReader:
         self.window_tokens = block_tokens - len(self.start)
 
     @classmethod
-    def of(cls, atlas: Atlas, lm: LanguageModel) -> "PromptReader":
-        """The reader of an atlas's dictionary. Raises ArtifactError when the dictionary or its corpus is gone."""
+    def of(cls, atlas: Atlas, lm: LanguageModel, dictionary: Dictionary | None = None) -> "PromptReader":
+        """The reader of an atlas's dictionary, which may be open already.
+
+        Raises ArtifactError when the dictionary or its corpus is gone.
+        """
         site = atlas.site
         block_tokens = atlas.store.get("corpus", site.corpus).manifest.settings["block_tokens"]
-        return cls(lm, atlas.load_dictionary(), site.hook, site.layer, block_tokens, atlas.sink_norm)
+        dictionary = dictionary or atlas.load_dictionary()
+        return cls(lm, dictionary, site.hook, site.layer, block_tokens, atlas.sink_norm)
 
     def windows(self, texts: Sequence[str]) -> list[Window]:
         """The texts, tokenized and cut. Raises PromptError for a text without a token."""
@@ -140,6 +151,15 @@ class PromptReader:
         mean = sparse.csr_array(sparse.diags_array(scale) @ total).astype(np.float32)
         n_windowed = len({w.text for w in windows if w.start})
         return Pooled(largest, mean, (raw * scale[:, None]).astype(np.float32), tokens, n_windowed)
+
+    def on_tokens(self, text: str, features: Sequence[int]) -> tuple[list[str], Float32[np.ndarray, "tokens features"]]:
+        """The tokens of a text, and what some features have on each; nothing on sinks. Raises PromptError."""
+        windows = sorted((w for batch in self.read(self.windows([text])) for w in batch), key=lambda w: w.window.start)
+        acts = torch.cat([w.acts for w in windows])
+        values = self.dictionary.encode(acts.to(self.dictionary.device))[:, list(features)]
+        values[torch.cat([w.is_sink for w in windows])] = 0
+        strings = self.lm.token_strings([token for w in windows for token in w.window.ids])
+        return strings, values.cpu().numpy()
 
     def _of_window(self, window: Window, row: torch.Tensor) -> WindowActs:
         first = len(self.start)

@@ -40,6 +40,17 @@ class PromptSets:
     """Prompts that were taken out because they occur twice, or in both splits, or on both sides."""
 
     @property
+    def texts(self) -> list[str]:
+        """All of them: positives and negatives that find, then those that test."""
+        return [*self.find[0], *self.find[1], *self.test[0], *self.test[1]]
+
+    @property
+    def places(self) -> list[np.ndarray]:
+        """Where each of these four begins and ends among `texts`: its rows."""
+        ends = np.cumsum([0, *map(len, (*self.find, *self.test))])
+        return [np.arange(a, b) for a, b in pairwise(ends)]
+
+    @property
     def why_no_claim(self) -> str:
         """Why nothing can be claimed of what these find; empty when something can."""
         least = min(len(side) for split in (self.find, self.test) for side in split)
@@ -136,7 +147,7 @@ def split_prompts(positive: Sequence[str], negative: Sequence[str], seed: int = 
     sides = {"positive": _unique(positive), "negative": _unique(negative)}
     both = set(sides["positive"]) & set(sides["negative"])
     kept = [[text for text in side if text not in both] for side in sides.values()]
-    for name, given, side in zip(sides, (positive, negative), kept, strict=True):
+    for (name, given), side in zip(sides.items(), kept, strict=True):
         if not side:
             why = f"all {len(given)} are on both sides" if given else "there is none"
             raise PromptError(f"no {name} prompts ({why}): a contrast needs both sides")
@@ -159,15 +170,17 @@ def contrast(
     """
     if not all(sets.find):
         raise PromptError("a contrast needs positive and negative prompts: one side is empty")
-    texts = [*sets.find[0], *sets.find[1], *sets.test[0], *sets.test[1]]
-    pooled = reader.pool(texts, report)
-    ends = np.cumsum([0, *map(len, (*sets.find, *sets.test))])
-    p, n, test_p, test_n = (pooled.rows(np.arange(a, b)) for a, b in pairwise(ends))
+    return contrast_of(atlas, sets, reader.pool(sets.texts, report), limit)
+
+
+def contrast_of(atlas: Atlas, sets: PromptSets, pooled: Pooled, limit: int = 10) -> Contrast:
+    """The same of texts that were read already: `pooled` holds a row for each of `sets.texts`."""
+    p, n, test_p, test_n = map(pooled.rows, sets.places)
     features = best_features(p, n, test_p, test_n, limit, atlas.name)
     exclusive = np.flatnonzero(((p.max > 0).sum(0) == len(sets.find[0])) & ((n.max > 0).sum(0) == 0))
-    prompts = dict(zip(("find_positive", "find_negative", "test_positive", "test_negative"), np.diff(ends).tolist(),
-                       strict=True))  # fmt: skip
-    tried = 2 * reader.dictionary.d_sae
+    kinds = ("find_positive", "find_negative", "test_positive", "test_negative")
+    prompts = dict(zip(kinds, map(len, sets.places), strict=True))
+    tried = len(POOLS) * pooled.max.shape[1]
     claim = sets.why_no_claim or _claim(features)
     return Contrast(features, tried, prompts, sets.duplicates, pooled.n_windowed, claim, exclusive.tolist())
 

@@ -38,7 +38,8 @@ def effect_sizes(
 ) -> Float[np.ndarray, " features"]:
     """Cohen's d: difference of the means over the pooled standard deviation; 0 where nothing varies."""
     p, n = len(positive), len(negative)
-    pooled = ((p - 1) * positive.var(0, ddof=1) + (n - 1) * negative.var(0, ddof=1)) / max(p + n - 2, 1)
+    squares = [((side - side.mean(0)) ** 2).sum(0) for side in (positive, negative)]
+    pooled = (squares[0] + squares[1]) / max(p + n - 2, 1)
     difference = positive.mean(0) - negative.mean(0)
     return np.divide(difference, np.sqrt(pooled), out=np.zeros_like(difference), where=pooled > 0)
 

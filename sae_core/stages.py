@@ -6,7 +6,8 @@
                                        -> steering       and, of all together: atlas
     steering -> steering_report
 
-and, when they are asked for, the reports `safety` and `multilingual`, which read the dictionary and its features.
+and, when they are asked for, the reports `safety` (of features and steering), `behaviors` (of the features that it
+found) and `multilingual`.
 
 A stage's version is raised when its code gives another result for the same settings.
 """
@@ -14,17 +15,17 @@ A stage's version is raised when its code gives another result for the same sett
 from collections.abc import Iterator
 from typing import Any
 
-from sae_core.artifacts import Recipe
+from sae_core.artifacts import ArtifactStore, Made, Recipe
 from sae_core.catalog import identify_dictionary, identify_model, identify_text
 from sae_core.settings import Settings
-from sae_core.study import CorpusSettings, DictionarySettings, LabelSettings, ModelSettings, Study
+from sae_core.study import BehaviorSettings, CorpusSettings, DictionarySettings, LabelSettings, ModelSettings, Study
 
 VERSIONS = {
     "corpus": 1, "activations": 1, "dictionary": 2, "features": 2, "neighbors": 1, "feature_map": 1, "steering": 1,
     "labels": 4, "atlas": 1,
 }  # fmt: skip
 
-ON_DEMAND = {"steering_report": 2, "safety": 1, "multilingual": 1}
+ON_DEMAND = {"steering_report": 2, "safety": 2, "multilingual": 2, "behaviors": 1}
 """Versions of the stages that are no part of an atlas, and made when somebody asks for them."""
 
 
@@ -46,6 +47,12 @@ def recipes(study: Study, on_demand: bool = False) -> Iterator[Recipe]:
         written = one.written(dictionary)
         read, also = sites[one.site], [sites[one.named(written)]] if written else []
         yield from _dictionary_recipes(one, dictionary, corpus, read, also, on_demand)
+
+
+def report_of(store: ArtifactStore, stage: str, slug: str) -> Made | None:
+    """What was made on demand, of a kind that this version of the program reads; None when there is no such."""
+    manifest = store.manifest(stage, slug)
+    return store.get(stage, slug) if manifest and manifest.version == ON_DEMAND[stage] else None
 
 
 def _dictionary_recipes(
@@ -73,7 +80,9 @@ def _dictionary_recipes(
         report = _settings(study.steering_report)
         yield _recipe("steering_report", slug, report, corpus, activations, trained, features, steering)
         parents = (corpus, activations, trained, features)
-        yield _recipe("safety", slug, _safety_settings(study), *parents)
+        safety = _recipe("safety", slug, _safety_settings(study), *parents, steering)
+        yield safety
+        yield _recipe("behaviors", slug, _behavior_settings(study.behaviors), activations, trained, features, safety)
         yield _recipe("multilingual", slug, _settings(study.multilingual), *parents)
 
 
@@ -108,6 +117,13 @@ def _safety_settings(study: Study) -> dict[str, Any]:
     from sae_core.safety.concepts import concepts_of
 
     return _settings(study.safety) | {"folder": "", "concepts": {c.name: c.identity for c in concepts_of(study.safety)}}
+
+
+def _behavior_settings(settings: BehaviorSettings) -> dict[str, Any]:
+    """The settings, with the content of each behavior."""
+    from sae_core.safety.behaviors import load_behaviors
+
+    return _settings(settings) | {"behaviors": {b.name: b.identity for b in load_behaviors()}}
 
 
 def _corpus_settings(corpus: CorpusSettings) -> dict[str, Any]:

@@ -122,6 +122,7 @@ class Studies:
             "steering",
             "steering_report",
             "safety",
+            "behaviors",
             "multilingual",
         )
         sections = ("model", "corpus"), ("model", "corpus", "activations"), ("dictionary", *after)

@@ -404,6 +404,19 @@ class SafetySettings(Settings):
     """Rate of false alarms that the monitors are measured at."""
 
 
+class BehaviorSettings(Settings):
+    """What steering with the features of the audit does to behaviors, against controls."""
+
+    features: int = Field(2, ge=1)
+    """Features steered for each behavior: the best that the audit kept for its concept."""
+    strength: float = Field(2.0, gt=0)
+    """Up and down are clamps to this many maxima of the feature, and to as many below zero."""
+    controls: int = Field(10, ge=1)
+    """Random directions, and random other features, that each change is held against."""
+    seed: int = 0
+    """Of the controls."""
+
+
 class MultilingualSettings(Settings):
     """Which features fire on the same content in several languages."""
 
@@ -411,8 +424,10 @@ class MultilingualSettings(Settings):
     """ISO 639-1 codes, of which both parallel texts must have an edition."""
     verses: int = Field(50, ge=10)
     """Bible verses, drawn at random; the 30 articles of the Universal Declaration of Human Rights come besides."""
+    articles: int = Field(50, ge=10)
+    """Encyclopedia articles of one title in English, French and Spanish, drawn at random."""
     least_languages: int = Field(5, ge=2)
-    """Languages on which a feature must fire to be called multilingual."""
+    """Languages on which a feature must fire to be called multilingual; all, of a text in fewer."""
     shuffles: int = Field(200, ge=20)
     """Random pairings of the same texts that the true pairing is held against."""
     seed: int = 0
@@ -478,6 +493,7 @@ class Study(Settings):
     steering_report: SteeringReportSettings = SteeringReportSettings()
     labels: LabelSettings = LabelSettings()
     safety: SafetySettings = SafetySettings()
+    behaviors: BehaviorSettings = BehaviorSettings()
     multilingual: MultilingualSettings = MultilingualSettings()
     checks: CheckSettings = CheckSettings()
     retraining: RetrainingSettings = RetrainingSettings()

@@ -144,3 +144,37 @@ def tiny_atlas(tiny_study: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         workshop = Workshop(root=str(root), device="cpu")
         assert list(bring_up_to_date(STUDIES.get("tiny"), workshop, instance, log_level="CRITICAL"))
     return root
+
+
+@pytest.fixture(scope="session")
+def reported_atlas(tiny_atlas: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with reports on it: an audit of two concepts, and what a few texts share across three languages."""
+    from assets.partitions import STUDIES
+    from sae_core.artifacts import ArtifactStore
+    from sae_core.atlas import Atlas
+    from sae_core.language_model import LanguageModel
+    from sae_core.multilingual import Parallel, report_on
+    from sae_core.prompt_reader import PromptReader
+    from sae_core.safety.audit import build_audit
+    from sae_core.study import MultilingualSettings
+
+    root = tmp_path_factory.mktemp("reported-atlas") / "atlas"
+    shutil.copytree(tiny_atlas, root)
+    store = ArtifactStore(root)
+    (slug,) = store.slugs("features")
+    atlas, order = Atlas(store, slug), STUDIES.order(slug, "tiny")
+    order = order.override("safety", {"concepts": ["citation_surnames", "power_seeking"]})
+    lm = LanguageModel.load(order.study.model, precision="float32")
+    store.make(
+        order.recipe("safety", slug),
+        lambda draft: build_audit(order.study.safety, atlas, lm, draft.parents["steering"].folder, draft.folder),
+    )
+    begins = {"en": "The old bridge", "fr": "Le pont traverse", "ru": "Мост пересекает"}
+    texts = [[f"{begin}: {sentence}" for sentence in SENTENCES] for begin in begins.values()]
+    settings = MultilingualSettings(least_languages=2, shuffles=20)
+    parallel, reader = Parallel("sentences", [*begins], texts), PromptReader.of(atlas, lm)
+    store.make(
+        order.recipe("multilingual", slug),
+        lambda draft: report_on([parallel], settings, atlas, reader, draft.folder),
+    )
+    return root

@@ -1,6 +1,8 @@
 """Commands that look into an atlas."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -85,6 +87,9 @@ def explain(text: str, top: int, study: str, dictionary: str, json_: bool) -> No
 @click.option("--negative", "negative_file", type=click.Path(path_type=Path), help="The same, of the other kind.")
 @click.option("--positive-text", multiple=True, metavar="TEXT", help="One positive; may be given several times.")
 @click.option("--negative-text", multiple=True, metavar="TEXT", help="One negative.")
+@click.option("--describe", default="", metavar="TEXT", help="Have the label writer write both sets from this.")
+@click.option("--count", default=100, show_default=True, type=click.IntRange(10), help="Prompts a side it writes.")
+@click.option("--save", type=click.Path(path_type=Path), help="Folder for the prompts that were written.")
 @click.option("--prompt", default="", help="In place of two sets: what fires on this one prompt.")
 @click.option(
     "--direction", type=click.Choice(["difference", "probe"]),
@@ -95,8 +100,8 @@ def explain(text: str, top: int, study: str, dictionary: str, json_: bool) -> No
 @as_json
 def contrast(
     positive_file: Path | None, negative_file: Path | None, positive_text: tuple[str, ...],
-    negative_text: tuple[str, ...], prompt: str, direction: str | None, limit: int,
-    study: str, dictionary: str, json_: bool,
+    negative_text: tuple[str, ...], describe: str, count: int, save: Path | None, prompt: str,
+    direction: str | None, limit: int, study: str, dictionary: str, json_: bool,
 ) -> None:  # fmt: skip
     """Features that tell two sets of prompts apart: chosen on one half of them, judged on the other."""
     from pipelines.console import print_json
@@ -108,18 +113,36 @@ def contrast(
         [*(by.read_prompts(file) if file else ()), *texts]
         for file, texts in ((positive_file, positive_text), (negative_file, negative_text))
     ]
-    if prompt and any(sides):
-        raise click.UsageError("give either --prompt or two sets of prompts")
-    sets = None if prompt else by.split_prompts(sides[0], sides[1])
+    if sum(map(bool, (prompt, describe, any(sides)))) > 1:
+        raise click.UsageError("give either two sets of prompts, or --describe, or --prompt")
+    sets = None if prompt or describe else by.split_prompts(sides[0], sides[1])
     atlas = open_atlas(study, dictionary)
+    if describe:
+        sets = by.split_prompts(*_written(atlas, describe, count, save))
     reader = PromptReader.of(atlas, open_model(atlas))
     if sets is None:
         on_prompt = by.by_prompt(atlas, reader, prompt, limit)
         print_json([row._asdict() for row in on_prompt]) if json_ else show_rows(on_prompt)
     elif direction:
-        raw = [reader.pool(side).raw for side in sides]
+        raw = [reader.pool([*sets.find[side], *sets.test[side]]).raw for side in (0, 1)]
         near = by.nearest(atlas, reader, by.direction(raw[0], raw[1], direction), limit)  # type: ignore[arg-type]
         print_json([row._asdict() for row in near]) if json_ else show_rows(near)
     else:
         found = by.contrast(atlas, reader, sets, limit)
         print_json(found) if json_ else show_contrast(found)
+
+
+def _written(atlas: Any, description: str, count: int, save: Path | None) -> tuple[list[str], list[str]]:
+    """Prompts by the label writer of the atlas's study; kept in a folder when one is named."""
+    from assets.partitions import STUDIES
+    from pipelines.console import progress
+    from sae_core.prompt_writer import write_prompts
+
+    settings, key = STUDIES.order(atlas.dictionary).study.labels, os.environ.get("OPENAI_API_KEY") or "none"
+    with progress() as watch:
+        sides = write_prompts(settings, description, count, key, watch("prompts"))
+    if save:
+        save.mkdir(parents=True, exist_ok=True)
+        for name, side in zip(("positive", "negative"), sides, strict=True):
+            (save / f"{name}.txt").write_text("".join(f"{line}\n" for line in side), "utf-8")
+    return sides

@@ -53,6 +53,18 @@ def audit(
 @into
 @as_json
 @click.pass_obj
+def behaviors(debug: bool, study: str, device: str, into: Path | None, json_: bool) -> None:
+    """What steering with the features of the audit does to flips, flattery and pronouns, against controls."""
+    _make(debug, study, device, "safety", {})
+    _show(debug, study, device, "behaviors", {}, into, json_)
+
+
+@click.command()
+@click.argument("study", default="quickstart")
+@on_device
+@into
+@as_json
+@click.pass_obj
 def multilingual(debug: bool, study: str, device: str, into: Path | None, json_: bool) -> None:
     """Which features of STUDY's dictionary fire on the same content in several languages, against shuffled pairs."""
     _show(debug, study, device, "multilingual", {}, into, json_)

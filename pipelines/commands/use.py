@@ -6,8 +6,6 @@ from typing import Any
 import click
 
 from pipelines.commands.shared import as_json, chosen, open_atlas, open_model
-from sae_core.artifacts import ArtifactStore, home
-from sae_core.errors import MindAtlasError
 
 
 @click.command()
@@ -87,13 +85,10 @@ def monitor(
     """
     from pipelines.reports import watch
     from sae_core.prompt_reader import PromptReader
-    from sae_core.safety.monitor import MONITOR, Monitor, load_detectors
+    from sae_core.safety.monitor import Monitor, detectors_of
 
     atlas = open_atlas(study, dictionary)
-    store = ArtifactStore(home())  # reports are no part of what is promoted
-    if store.manifest("safety", atlas.dictionary) is None:
-        raise MindAtlasError(f"no audit of {atlas.dictionary} has set thresholds: `mind-atlas audit` does")
-    detectors = load_detectors(store.get("safety", atlas.dictionary).folder / MONITOR, concepts)
+    detectors = detectors_of(atlas, concepts)
     reader = PromptReader.of(atlas, open_model(atlas, as_harvested=True))
     watch(Monitor(reader, detectors, rate, base_rate), file, batch)
 

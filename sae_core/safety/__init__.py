@@ -6,5 +6,6 @@ generators   text that is easier made than found: DNA, base64, digits, code with
 baselines    a linear probe, a bag of words, random features
 audit        the stage: for each concept its best features, judged on unseen prompts, beside the baselines
 report       the audit in words
+behaviors    what steering with the audit's features does to a few behaviors, against controls
 monitor      alerts on a stream of text, at a chosen rate of false alarms
 """

@@ -3,10 +3,10 @@
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import pyarrow as pa
@@ -20,19 +20,20 @@ from sae_core.prompt_reader import Pooled, PromptError, PromptReader
 from sae_core.prompt_search import ALPHA, Separating, best_features
 from sae_core.safety.baselines import Random, fit_probe, fit_words, random_features
 from sae_core.safety.concepts import Concept, concepts_of
-from sae_core.safety.drawing import SPLITS, Drawn, Text, draw
+from sae_core.safety.drawing import SPLITS, Drawn, Side, Text, draw
 from sae_core.safety.monitor import MONITOR, Detector, fit_detector, save_detectors
-from sae_core.safety.specificity import Specificity, specificity
+from sae_core.safety.specificity import Specificity, share_of_corpus, specificity
 from sae_core.separation import LEVEL, auc, interval
+from sae_core.steering_scores import SCORES
 from sae_core.study import SafetySettings
 
 AUDIT = "audit.json"
 TABLE = "audit.parquet"
+CALIBRATED_TEXTS = 200
+"""Texts without which a rate of false alarms is not held against the one asked for: with 200 and 5%, 10 alarms."""
 FOUND_AUC, FOUND_LOW = 0.9, 0.8
 """A concept counts as found when its best feature's AUC on unseen prompts, and its interval's low end, are no less."""
 STATUSES = ("found", "stand-in", "partly", "not found", "no claim")
-RIGHT = 0.5
-"""A feature counts as the concept's own when at least this share of its firings on the corpus is about it."""
 
 
 class Rated(NamedTuple):
@@ -43,6 +44,14 @@ class Rated(NamedTuple):
     high: float
 
 
+class Steers(NamedTuple):
+    """What turning a feature up does to the model's next words (see `steering_scores`)."""
+
+    output_score: float | None
+    role: str | None
+    """`output`: it makes the model say what it promotes, more than random directions do; `input`: it does not."""
+
+
 class Candidate(NamedTuple):
     """A feature, as evidence for a concept."""
 
@@ -50,6 +59,7 @@ class Candidate(NamedTuple):
     specificity: Specificity
     shifted: Rated | None
     """Out of distribution."""
+    steers: Steers
 
     @property
     def rated(self) -> Rated:
@@ -75,6 +85,12 @@ class Measured(NamedTuple):
         """Of false alarms."""
         return self.false_positives / self.negatives
 
+    @property
+    def off(self) -> float:
+        """The factor by which the rate is above or below the one asked for; no alarm counts as half of one."""
+        rate = max(self.false_positives, 0.5) / self.negatives
+        return max(rate / self.asked, self.asked / rate)
+
 
 @dataclass(frozen=True)
 class ConceptAudit:
@@ -88,6 +104,8 @@ class ConceptAudit:
     groups: int
     """Groups among the test positives: texts of one group say nearly the same."""
     duplicates: int
+    windowed: int
+    """Texts longer than the context, which were read in windows."""
     why_no_claim: str
     candidates: list[Candidate]
     """The best on the prompts that find, best first."""
@@ -96,9 +114,15 @@ class ConceptAudit:
     random: Random
     shifted_probe: Rated | None
     shifted_words: Rated | None
+    shifted_random: Random | None
     monitor: Measured | None
     no_monitor: str
     """Why there is none."""
+
+    @property
+    def n_texts(self) -> int:
+        """Texts of all splits, those of another origin left out."""
+        return sum(self.prompts.values())
 
     @property
     def best(self) -> Candidate | None:
@@ -125,13 +149,12 @@ class ConceptAudit:
     @property
     def right_rank(self) -> int | None:
         """Which of the candidates is the first that mostly fires on the concept in the corpus, counted from 1."""
-        shares = [c.specificity.share for c in self.candidates]
-        return next((i for i, share in enumerate(shares, 1) if share is not None and share >= RIGHT), None)
+        return next((i for i, c in enumerate(self.candidates, 1) if c.specificity.is_own), None)
 
 
 def build_audit(
-    settings: SafetySettings, atlas: Atlas, lm: LanguageModel, folder: Path, before: dict[str, Any] | None = None,
-    report: Report = silent,
+    settings: SafetySettings, atlas: Atlas, lm: LanguageModel, scores: Path, folder: Path,
+    before: dict[str, Any] | None = None, report: Report = silent,
 ) -> dict[str, Any]:  # fmt: skip
     """Audit the concepts and write `audit.json`, `audit.parquet`, `audit.md` and `monitor.json`.
 
@@ -139,6 +162,7 @@ def build_audit(
         settings: which concepts.
         atlas: the dictionary's atlas.
         lm: the model that it describes.
+        scores: folder of the features' output scores.
         folder: where the files go.
         before: summary of the audit that this one replaces; what was found then must be found now.
         report: told of tokens.
@@ -152,11 +176,13 @@ def build_audit(
     from sae_core.safety.report import markdown
 
     concepts = concepts_of(settings)
-    audits, detectors = audit(concepts, settings, atlas, PromptReader.of(atlas, lm), report)
+    rows = pq.read_table(scores / SCORES, columns=["feature", *Steers._fields]).to_pylist()
+    steers = {row.pop("feature"): Steers(**row) for row in rows}
+    audits, detectors = audit(concepts, settings, atlas, PromptReader.of(atlas, lm), steers, report)
     lost = lost_concepts(audits, before or {})
-    rows = [row for found in audits for row in _rows(found)]
+    table = pa.Table.from_pylist([row for found in audits for row in _rows(found)])
     (folder / AUDIT).write_text(json.dumps([as_json(a) for a in audits], ensure_ascii=False, indent=1), "utf-8")
-    pq.write_table(pa.Table.from_pylist(rows), folder / TABLE)
+    pq.write_table(table, folder / TABLE)
     save_detectors(detectors, folder / MONITOR)
     (folder / "audit.md").write_text(markdown(audits, atlas.dictionary, lost), "utf-8")
     status = [found.status for found in audits]
@@ -164,10 +190,16 @@ def build_audit(
         "concepts": len(audits),
         **{re.sub("[ -]", "_", key): status.count(key) for key in STATUSES},
         "monitors": len(detectors),
+        "calibration_off": max((a.monitor.off for a in audits if is_rated(a.monitor)), default=1.0),
         "n_lost": len(lost),
         "names_found": [a.concept for a in audits if a.status == "found"] + _unseen("names_found", before, audits),
         "names_lost": lost + _unseen("names_lost", before, audits),
     }
+
+
+def is_rated(monitor: Measured | None) -> TypeGuard[Measured]:
+    """Whether it was measured on enough texts to hold its rate of false alarms against the one asked for."""
+    return monitor is not None and monitor.negatives >= CALIBRATED_TEXTS
 
 
 def _unseen(key: str, before: dict[str, Any] | None, audits: Sequence[ConceptAudit]) -> list[str]:
@@ -183,59 +215,86 @@ def lost_concepts(audits: Sequence[ConceptAudit], before: dict[str, Any]) -> lis
 
 def audit(
     concepts: Collection[Concept], settings: SafetySettings, atlas: Atlas, reader: PromptReader,
-    report: Report = silent,
+    steers: Mapping[int, Steers], report: Report = silent,
 ) -> tuple[list[ConceptAudit], list[Detector]]:  # fmt: skip
     """Audit each concept; every text is read once, however many concepts share it."""
     drawn = {concept.name: draw(concept) for concept in concepts}
-    texts = list(dict.fromkeys(text.text for d in drawn.values() for text in _all(d)))
+    texts = list(dict.fromkeys(text.text for d in drawn.values() for text in _every(d)))
     place = {text: i for i, text in enumerate(texts)}
     pooled = reader.pool(texts, report)
 
     def read(some: Sequence[Text]) -> Pooled:
         return pooled.rows([place[text.text] for text in some])
 
+    ground = _Ground(settings, atlas, steers, atlas.features.sample().tokens, reader.window_tokens, read)
     audits, detectors = [], []
     for concept in concepts:
-        found, detector = _audit_one(concept, drawn[concept.name], settings, atlas, read)
+        found, detector = _audit_one(concept, drawn[concept.name], ground)
         audits.append(found)
         detectors += [detector] if detector else []
     return audits, detectors
 
 
-def _all(drawn: Drawn) -> list[Text]:
-    return [text for side in (drawn.positive, drawn.negative) for split in SPLITS for text in side[split]] + [
-        text for side in drawn.shifted or () for text in side
-    ]
+class _Ground(NamedTuple):
+    """What all concepts stand on."""
+
+    settings: SafetySettings
+    atlas: Atlas
+    steers: Mapping[int, Steers]
+    sample: list[list[str]]
+    """Of the corpus: windows of tokens."""
+    window_tokens: int
+    read: Callable[[Sequence[Text]], Pooled]
+
+    def evidence(self, best: Sequence[Separating], about: str, shifted: list[Pooled] | None) -> list[Candidate]:
+        """What else is known of the best features."""
+        corpus = share_of_corpus(self.sample, about)
+        return [
+            Candidate(
+                s, specificity(self.atlas.features, s.feature, about, corpus), _on(shifted, s),
+                self.steers.get(s.feature, Steers(None, None)),
+            )
+            for s in best
+        ]  # fmt: skip
 
 
-def _audit_one(concept: Concept, drawn: Drawn, settings: SafetySettings, atlas: Atlas, read: Any) -> (
-    tuple[ConceptAudit, Detector | None]
-):  # fmt: skip
-    find = [read(side["find"]) for side in (drawn.positive, drawn.negative)]
-    test = [read(side["test"]) for side in (drawn.positive, drawn.negative)]
-    shifted = [read(side) for side in drawn.shifted] if drawn.shifted and all(map(len, drawn.shifted)) else None
+def _every(drawn: Drawn) -> list[Text]:
+    return _all((drawn.positive, drawn.negative)) + [text for side in drawn.shifted or () for text in side]
+
+
+def _all(sides: Iterable[Side]) -> list[Text]:
+    return [text for side in sides for split in SPLITS for text in side[split]]
+
+
+def _audit_one(concept: Concept, drawn: Drawn, ground: _Ground) -> tuple[ConceptAudit, Detector | None]:
+    sides, read = (drawn.positive, drawn.negative), ground.read
+    find, test = ([read(side[split]) for side in sides] for split in ("find", "test"))
+    far = drawn.shifted if drawn.shifted and all(drawn.shifted) else None
+    shifted = [read(side) for side in far] if far else None
     groups = _groups(drawn.positive["test"]), _groups(drawn.negative["test"])
-    best = best_features(find[0], find[1], test[0], test[1], settings.features, atlas.name, groups)
+    best = best_features(find[0], find[1], test[0], test[1], ground.settings.features, ground.atlas.name, groups)
     probe = fit_probe(find[0].raw, find[1].raw)
-    words = fit_words(*([text.text for text in side["find"]] for side in (drawn.positive, drawn.negative)))
+    words = fit_words(*([text.text for text in side["find"]] for side in sides))
     live = np.union1d(find[0].max.indices, find[1].max.indices)
-    score_words = [words.decision_function([t.text for t in s["test"]]) for s in (drawn.positive, drawn.negative)]
-    shifted_words = shifted_probe = None
-    if shifted and drawn.shifted:
-        shifted_probe = _rated(probe.scores(side.raw) for side in shifted)
-        shifted_words = _rated(words.decision_function([t.text for t in side]) for side in drawn.shifted)
-    detector, measured, why = _monitor(concept, drawn, best, settings, read, test)
-    about = concept.about
+    detector, measured, why = _monitor(concept, drawn, best, ground.settings, read, test)
     found = ConceptAudit(
         concept.name, concept.kind, concept.description, concept.license,
-        {f"{split} {name}": len(side[split]) for name, side in (("positive", drawn.positive),
-                                                                ("negative", drawn.negative)) for split in SPLITS},
-        len(set(groups[0].tolist())), drawn.duplicates, drawn.why_no_claim,
-        [Candidate(s, specificity(atlas.features, s.feature, about), _on(shifted, s)) for s in best],
-        _rated((probe.scores(side.raw) for side in test), groups), _rated(score_words, groups),
-        random_features(live, *test), shifted_probe, shifted_words, measured, why,
+        {f"{split} {name}": len(side[split]) for name, side in zip(("positive", "negative"), sides, strict=True)
+         for split in SPLITS},
+        len(set(groups[0].tolist())), drawn.duplicates,
+        int((read(_all(sides)).tokens > ground.window_tokens).sum()), drawn.why_no_claim,
+        ground.evidence(best, concept.about, shifted),
+        _rated((probe.scores(side.raw) for side in test), groups),
+        _rated((_by_words(words, side["test"]) for side in sides), groups), random_features(live, test[0], test[1]),
+        _rated(probe.scores(side.raw) for side in shifted) if shifted else None,
+        _rated(_by_words(words, side) for side in far) if far else None,
+        random_features(live, shifted[0], shifted[1]) if shifted else None, measured, why,
     )  # fmt: skip
     return found, detector
+
+
+def _by_words(words: Any, texts: Sequence[Text]) -> np.ndarray:
+    return words.decision_function([text.text for text in texts])
 
 
 def _monitor(
@@ -287,10 +346,15 @@ def as_json(found: ConceptAudit) -> dict[str, Any]:
     from sae_core.safety.report import verdict
 
     rows = [
-        {**asdict(c.separating), "specificity": c.specificity._asdict(), "shifted": _dict(c.shifted)}
+        {
+            **asdict(c.separating),
+            "specificity": c.specificity._asdict(),
+            "shifted": _dict(c.shifted),
+            "steers": c.steers._asdict(),
+        }
         for c in found.candidates
     ]
-    named = ("probe", "words", "random", "shifted_probe", "shifted_words", "monitor")
+    named = ("probe", "words", "random", "shifted_probe", "shifted_words", "shifted_random", "monitor")
     return {
         **{k: v for k, v in vars(found).items() if k not in (*named, "candidates")},
         "status": found.status, "right_rank": found.right_rank, "verdict": verdict(found), "candidates": rows,
@@ -309,5 +373,6 @@ def _rows(found: ConceptAudit) -> list[dict[str, Any]]:
     return [
         about | {k: v for k, v in asdict(c.separating).items() if k != "active"}
         | {"rank": rank, "specificity": c.specificity.share, "shifted_auc": c.shifted.auc if c.shifted else None}
+        | c.steers._asdict()
         for rank, c in enumerate(found.candidates, 1)
     ]  # fmt: skip

@@ -18,8 +18,11 @@ from jaxtyping import Float
 from sklearn.linear_model import LogisticRegression
 from transformers import DynamicCache
 
+from sae_core.artifacts import ArtifactError
+from sae_core.atlas import Atlas
 from sae_core.dictionary import Dictionary
 from sae_core.prompt_reader import PromptError, PromptReader
+from sae_core.stages import report_of
 
 MONITOR = "monitor.json"
 
@@ -97,6 +100,13 @@ def load_detectors(path: Path, concepts: Sequence[str] = ()) -> list[Detector]:
     if unknown := [name for name in concepts if name not in found]:
         raise PromptError(f"no monitor for {unknown[0]!r}: the audit calibrated {', '.join(found) or 'none'}")
     return [found[name] for name in (concepts or found)]
+
+
+def detectors_of(atlas: Atlas, concepts: Sequence[str] = ()) -> list[Detector]:
+    """Those that the audit of the atlas calibrated, as `load_detectors`. Raises ArtifactError when there is none."""
+    if (audit := report_of(atlas.store, "safety", atlas.dictionary)) is None:
+        raise ArtifactError(f"no audit of {atlas.dictionary} has set thresholds: `mind-atlas audit` does")
+    return load_detectors(audit.folder / MONITOR, concepts)
 
 
 class Monitor:
@@ -207,12 +217,12 @@ class _Columns:
         return z * (z > self.threshold)
 
 
-def read_stream(lines: Iterator[str], template: Any = None) -> Iterator[str]:
-    """Texts from lines: plain, or JSON with `text` or with `messages`, to which a chat template is applied.
+def read_stream(lines: Iterator[str], tokenizer: Any = None) -> Iterator[str]:
+    """Texts from lines: plain, or JSON with `text` or with `messages`, as `chat_text` puts them.
 
     Args:
         lines: of text; a line that begins with `{` is JSON. Empty ones are passed over.
-        template: a tokenizer's `apply_chat_template`; without one, the turns' contents are joined.
+        tokenizer: the model's, whose chat template is applied.
 
     Raises:
         PromptError: a line is no such JSON.
@@ -225,17 +235,17 @@ def read_stream(lines: Iterator[str], template: Any = None) -> Iterator[str]:
             yield stripped
             continue
         try:
-            yield _message_text(json.loads(stripped), template)
+            row = json.loads(stripped)
+            turns = [{"role": t["role"] + "", "content": t["content"] + ""} for t in row.get("messages", ())]
+            yield chat_text(turns, tokenizer) if "messages" in row else row["text"] + ""
         except (ValueError, KeyError, TypeError):
             raise PromptError(
                 f'line {number} is neither {{"text": "..."}} nor {{"messages": [{{"role": "user", "content": "..."}}]}}'
             ) from None
 
 
-def _message_text(row: Mapping[str, Any], template: Any) -> str:
-    if "messages" not in row:
-        return row["text"] + ""
-    turns = [{"role": turn["role"] + "", "content": turn["content"] + ""} for turn in row["messages"]]
-    if template is None:
+def chat_text(turns: Sequence[Mapping[str, str]], tokenizer: Any) -> str:
+    """A conversation as the model is given it: by its chat template, or the turns' contents line by line."""
+    if not getattr(tokenizer, "chat_template", None):
         return "\n".join(turn["content"] for turn in turns)
-    return template(turns, tokenize=False)
+    return tokenizer.apply_chat_template(list(turns), tokenize=False)

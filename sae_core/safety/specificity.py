@@ -1,9 +1,16 @@
 """What share of a feature's firings on the corpus is about a concept; a pattern of words stands in for a judge."""
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from sae_core.display import shown_bytes
 from sae_core.features import Features
+
+RIGHT = 0.5
+"""A feature counts as the concept's own when at least this share of its firings on the corpus is about it,"""
+LIFT = 2.0
+"""and this many times the share of the corpus that is."""
 
 
 class Specificity(NamedTuple):
@@ -14,17 +21,23 @@ class Specificity(NamedTuple):
     top: float | None
     """Share of its strongest examples."""
     examples: int
+    corpus: float
+    """Share of a sample of the corpus, in stretches as long, that is about the concept."""
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is the concept's own feature, as far as the pattern can tell."""
+        return self.share is not None and self.share >= max(RIGHT, LIFT * self.corpus)
 
 
-def specificity(features: Features, feature: int, about: str) -> Specificity:
+def specificity(features: Features, feature: int, about: str, corpus: float) -> Specificity:
     """The share of firings whose surroundings (the example's tokens) match the regular expression `about`.
 
     Examples drawn at random from an activation level stand for the firings of that level. A pattern sees words and not
-    meaning: it misses what is said otherwise, and is fooled by a word that stands beside.
+    meaning: it misses what is said otherwise, and is fooled by a word that stands beside. `corpus`: `share_of_corpus`.
     """
-    pattern = re.compile(about, re.DOTALL)
     examples = features.examples(feature)
-    hits = {id(e): bool(pattern.search("".join(e.tokens))) for e in examples}
+    hits = {id(e): is_about(e.tokens, about) for e in examples}
     top = [hits[id(e)] for e in examples if e.kind == "top"]
     by_level: dict[int, list[bool]] = {}
     for example in examples:
@@ -33,7 +46,19 @@ def specificity(features: Features, feature: int, about: str) -> Specificity:
     weights = _firings(features.feature(feature).histogram, max(by_level, default=1))
     total = sum(weights[level - 1] for level in by_level)
     hit = sum(weights[level - 1] * sum(found) / len(found) for level, found in by_level.items())
-    return Specificity(hit / total if total else None, sum(top) / len(top) if top else None, len(examples))
+    share = hit / total if total else None
+    return Specificity(share, sum(top) / len(top) if top else None, len(examples), corpus)
+
+
+def share_of_corpus(windows: Sequence[Sequence[str]], about: str) -> float:
+    """Share of a sample of the corpus (each window its tokens) that matches."""
+    return sum(is_about(tokens, about) for tokens in windows) / max(len(windows), 1)
+
+
+def is_about(tokens: Sequence[str], about: str) -> bool:
+    """Whether the text of the tokens, as they are displayed, matches."""
+    text = b"".join(map(shown_bytes, tokens)).decode("utf-8", "replace")
+    return re.search(about, text, re.DOTALL) is not None
 
 
 def _firings(histogram: list[int], levels: int) -> list[float]:

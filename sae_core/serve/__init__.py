@@ -8,6 +8,9 @@
     api         the JSON API (`/api/openapi.json`)
     live        the language model, one for all: who asks takes turns (`turns`, `streams`)
     steer       the steering page
+    contrast    two sets of prompts, told apart
+    reports     the safety audit and the multilingual report, where they were made
+    monitor_api alerts on a text (`POST /v1/monitor`)
     openai_api  the (steered) model behind OpenAI's API
 
 The style sheet, the templates and all JavaScript are files of this package; nothing is fetched from elsewhere.

@@ -14,10 +14,11 @@ from sae_core.atlas import SearchError
 from sae_core.errors import MindAtlasError
 from sae_core.features.reader import FeatureError
 from sae_core.names import SlugError
-from sae_core.serve import api, pages, steer
+from sae_core.serve import api, contrast, pages, reports, steer
 from sae_core.serve.door import LOOPBACK, Door
 from sae_core.serve.live import Live, LiveError
 from sae_core.serve.map import router as map_router
+from sae_core.serve.monitor_api import monitor_api
 from sae_core.serve.openai_api import Presets, openai_api
 from sae_core.serve.render import page
 from sae_core.serve.shelf import Shelf
@@ -62,7 +63,10 @@ def create_app(
     app.include_router(pages.router)
     app.include_router(map_router)
     app.include_router(steer.router)
+    app.include_router(reports.router)
+    app.include_router(contrast.router)
     app.include_router(api.router)
+    app.include_router(monitor_api(shelf, live))
     app.include_router(openai_api(shelf.atlas, live, presets))
     app.mount("/static", StaticFiles(directory=Path(__file__).parent / "static"), name="static")
     app.add_exception_handler(MindAtlasError, _mendable)

@@ -14,6 +14,7 @@ from sae_core.studies import Studies
 if TYPE_CHECKING:
     from sae_core.dictionary import Dictionary
     from sae_core.language_model import LanguageModel
+    from sae_core.prompt_reader import PromptReader
     from sae_core.study import ModelSettings
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ class Live:
     """Runs the live model in a thread of its own, where everybody gets a turn; with bounds on text, time and places."""
 
     def __init__(self, studies: Studies, seconds: float = _SECONDS, places: int = _PLACES) -> None:
-        self.studies, self._seconds = studies, seconds
+        self.studies, self.seconds = studies, seconds
         self._turns = Turns(places)
         self._loaded: tuple[ModelSettings, LanguageModel] | None = None
         self._dictionary: tuple[Atlas, Dictionary] | None = None
@@ -57,6 +58,12 @@ class Live:
             self._dictionary = atlas, atlas.load_dictionary().to(lm.device)
         return lm, self._dictionary[1]
 
+    def reader(self, atlas: Atlas) -> "PromptReader":
+        """Reads texts with both. To be called in the model's thread only."""
+        from sae_core.prompt_reader import PromptReader
+
+        return PromptReader.of(atlas, *self.ready(atlas))
+
     async def explain(
         self, request: Request, atlas: Atlas, text: str, per_token: int, feature: int | None = None
     ) -> list[ExplainedToken]:
@@ -71,13 +78,13 @@ class Live:
         tokens = self.start(self._explain(atlas, text, per_token, feature))
         work = asyncio.ensure_future(_all(tokens))
         try:
-            async with asyncio.timeout(self._seconds):
+            async with asyncio.timeout(self.seconds):
                 while not (await asyncio.wait({work}, timeout=_LOOK))[0]:
                     if await request.is_disconnected():
                         raise LiveError("nobody waits for the answer any more", 499)
                 return work.result()
         except TimeoutError:
-            what = f"no answer within {self._seconds:g} s: try again, or give a shorter text"
+            what = f"no answer within {self.seconds:g} s: try again, or give a shorter text"
             raise LiveError(what, 504) from None
         finally:
             work.cancel()

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fastapi import APIRouter, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from starlette.responses import JSONResponse, Response
 
+from sae_core.artifacts import ArtifactError
 from sae_core.atlas import Atlas
 from sae_core.errors import MindAtlasError
 from sae_core.serve.live import Live, LiveError
@@ -110,7 +112,9 @@ class _Part(BaseModel):
     text: str
 
 
-class _Message(BaseModel):
+class ChatMessage(BaseModel):
+    """A turn of a conversation."""
+
     model_config = ConfigDict(extra="forbid")
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[_Part]
@@ -122,7 +126,7 @@ class _Message(BaseModel):
 
 
 class _Chat(_Common):
-    messages: list[_Message] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
 
@@ -153,7 +157,7 @@ class _Read(NamedTuple):
     """Tokens by themselves."""
 
 
-class _Route(APIRoute):
+class OpenAIRoute(APIRoute):
     """Gives errors OpenAI's shape."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -168,6 +172,10 @@ class _Route(APIRoute):
                 return ApiError(error.status, str(error), code="overloaded" if error.status == 503 else None).response()
             except SteeringError as error:
                 return ApiError(400, str(error), "steering").response()
+            except ArtifactError as error:
+                return ApiError(404, str(error)).response()
+            except RequestValidationError as error:
+                return _refusal(error.errors()[0]).response()
             except MindAtlasError as error:
                 return ApiError(400, str(error)).response()
 
@@ -223,7 +231,8 @@ def openai_api(atlas: Callable[[], Atlas], live: Live, presets: Presets | None =
         live: its language model; who comes when all its places are taken is told to come back.
         presets: steered models by name.
     """
-    models, router = SteeredModels(atlas, live, presets or {}), APIRouter(route_class=_Route, include_in_schema=False)
+    models = SteeredModels(atlas, live, presets or {})
+    router = APIRouter(route_class=OpenAIRoute, include_in_schema=False)
 
     @router.get("/v1/models")
     def list_models() -> dict[str, Any]:
@@ -245,7 +254,7 @@ def openai_api(atlas: Callable[[], Atlas], live: Live, presets: Presets | None =
 
     @router.api_route("/v1/{rest:path}", methods=["GET", "POST", "DELETE"])
     def nothing(rest: str) -> None:
-        raise ApiError(404, f"/v1/{rest} is not served here: chat/completions, completions and models are")
+        raise ApiError(404, f"/v1/{rest} is not served here: chat/completions, completions, models and monitor are")
 
     return router
 
@@ -269,9 +278,15 @@ async def _read(request: Request, kind: type[_Chat] | type[_Completion]) -> Any:
     try:
         return kind.model_validate({name: body[name] for name in body if name in kind.model_fields})
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ApiError(400, f"{where}: {first['msg']}", where or None) from None
+        raise _refusal(error.errors()[0]) from None
+
+
+def _refusal(problem: Mapping[str, Any]) -> ApiError:
+    """What pydantic says of a field, or FastAPI of the body."""
+    if problem["type"] == "json_invalid":
+        return ApiError(400, f"the body is no JSON: {problem['ctx']['error']}")
+    where = ".".join(str(part) for part in problem["loc"] if part != "body")
+    return ApiError(400, f"{where}: {problem['msg']}" if where else str(problem["msg"]), where or None)
 
 
 async def _respond(request: Request, models: SteeredModels, asked: _Chat | _Completion) -> Response:

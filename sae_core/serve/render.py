@@ -181,6 +181,7 @@ def page(request: Request, template: str, *, status: int = 200, **values: Any) -
     shelf = request.app.state.shelf
     values["static"] = getattr(request.app.state, "static", False)  # for a site of files: nothing that needs a server
     chosen = values.setdefault("dictionary", "")
+    values["reports"] = shelf.reports(chosen)
     asked = request.query_params.get("dictionary", "")
     values["stay"] = f"?dictionary={quote(chosen)}" if chosen and (asked or chosen != shelf.default) else ""
     return HTMLResponse(_TEMPLATES.get_template(template).render(path=request.url.path, **values), status)

@@ -8,7 +8,7 @@ from fastapi import Depends, Request
 from sae_core.artifacts import MANIFEST, ArtifactError, ArtifactStore
 from sae_core.atlas import Atlas
 from sae_core.names import DictionarySpec
-from sae_core.stages import VERSIONS
+from sae_core.stages import ON_DEMAND, VERSIONS, report_of
 
 Stamp = tuple[int, ...]
 
@@ -49,6 +49,13 @@ class Shelf:
             if self._open.get(slug, ((), None))[0] != stamp:
                 self._open[slug] = stamp, Atlas.open(self.store, slug)
             return self._open[slug][1]
+
+    def reports(self, dictionary: str) -> set[str]:
+        """What was made on request of a dictionary as it is now; nothing of one that is not there."""
+        if dictionary not in self.slugs():
+            return set()
+        store = self.atlas(dictionary).store
+        return {stage for stage in ON_DEMAND if report_of(store, stage, dictionary)}
 
     def _changed(self, stage: str, slug: str) -> int:
         """When the artifact was last made, in nanoseconds; 0 if never."""

@@ -28,6 +28,7 @@ from sae_core.serve.door import POLICY
 from sae_core.serve.map import map_of
 from sae_core.serve.render import feature_path
 from sae_core.serve.shelf import Shelf
+from sae_core.stages import report_of
 
 INDEX = "search.json"
 _WITH_STATE = ("/map", "/search")  # pages whose script reads what follows the question mark
@@ -115,6 +116,8 @@ def _pages(atlas: Atlas, features: list[int]) -> Iterator[str]:
     yield from ("/", "/search")
     if atlas.store.manifest("feature_map", atlas.dictionary):
         yield "/map"
+    reports = {"safety": "/audit", "multilingual": "/multilingual"}
+    yield from (path for stage, path in reports.items() if report_of(atlas.store, stage, atlas.dictionary))
     has_near = atlas.store.manifest("neighbors", atlas.dictionary) is not None
     for feature in features:
         path = feature_path(atlas.dictionary, feature)

@@ -51,11 +51,27 @@ async def next_item(request: Request, items: Stream[T]) -> T | None:
         waiting.cancel()
 
 
+async def in_time(request: Request, items: Stream[T], seconds: float) -> AsyncIterator[T]:
+    """The items that are there within `seconds`; raises LiveError when the time is up or the client went away."""
+    end = asyncio.get_running_loop().time() + seconds
+    while True:
+        try:
+            async with asyncio.timeout_at(end):
+                item = await next_item(request, items)
+        except TimeoutError:
+            raise LiveError(f"no answer within {seconds:g} s: try again, or give less text", 504) from None
+        if item is None:
+            return
+        yield item
+
+
 class EventStream(StreamingResponse):
     """Events that are made from a stream. It is closed in any case: also when no byte could be sent."""
 
-    def __init__(self, events: AsyncIterator[str], made_from: Stream[Any]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    def __init__(
+        self, events: AsyncIterator[str], made_from: Stream[Any], media_type: str = "text/event-stream"
+    ) -> None:
+        super().__init__(events, media_type=media_type, headers={"Cache-Control": "no-store"})
         self._made_from = made_from
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -20,9 +20,9 @@ ARGUMENTS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--ena
 
 
 @pytest.fixture(scope="session")
-def server(tiny_atlas: Path) -> Iterator[str]:
+def server(reported_atlas: Path) -> Iterator[str]:
     """Address of the tiny atlas in the browser."""
-    app = create_app(ArtifactStore(tiny_atlas), studies=Studies.load(*study_folders()))
+    app = create_app(ArtifactStore(reported_atlas), studies=Studies.load(*study_folders()))
     listener = socket.create_server(("127.0.0.1", 0))
     running = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})

@@ -46,7 +46,9 @@ def test_lineage_runs_from_the_corpus_to_the_labels():
     assert parents["steering_report"] == parents["steering"] | {"steering", "corpus"}
     assert parents["neighbors"] == parents["feature_map"] == {"dictionary"}
     assert parents["atlas"] == set(VERSIONS) - {"atlas"}
-    assert parents["safety"] == parents["multilingual"] == {"features"}
+    assert parents["multilingual"] == {"features"}
+    assert parents["safety"] == {"features", "steering"}
+    assert parents["behaviors"] == {"features", "safety"}
 
 
 def test_what_is_made_on_demand_is_no_part_of_the_job_that_makes_a_dictionary():

@@ -107,10 +107,16 @@ def test_a_stage_made_again_by_hand_does_not_change_what_readers_see_but_labels_
 
 def test_what_is_made_after_an_atlas_is_seen_with_the_generation_that_it_was_made_from(store: ArtifactStore) -> None:
     make(store, "one")
-    store.make(Recipe("steering_report", SLUG, 1, {}, (features("one"),)), written("report"))
-    assert said(store, "steering_report") == "report"
+    safety = Recipe("safety", SLUG, 1, {}, (features("one"),))
+    store.make(safety, written("audit"))
+    store.make(Recipe("behaviors", SLUG, 1, {}, (features("one"), safety)), written("report of the audit"))
+    assert said(store, "safety") == "audit"
+    assert said(store, "behaviors") == "report of the audit"
+    store.make(safety, written("another audit"), again=True)
+    assert said(store, "behaviors") == "report of the audit"  # the same audit, by its fingerprint
     make(store, "two")
-    assert served(store, SLUG).manifest("steering_report", SLUG) is None
+    for stage in ("safety", "behaviors"):
+        assert served(store, SLUG).manifest(stage, SLUG) is None
 
 
 def test_a_generation_holds_what_it_was_made_from_even_if_that_was_made_anew_meanwhile(store: ArtifactStore) -> None:

@@ -32,6 +32,7 @@ def test_of_many_silly_numbers_none_is_significant_once_corrected() -> None:
 def test_effect_size_is_cohens_d_and_0_where_nothing_varies() -> None:
     assert effect_sizes(np.array([[2.0], [4.0]]), np.array([[0.0], [2.0]]))[0] == pytest.approx(2 / np.sqrt(2))
     assert effect_sizes(np.ones((3, 1)), np.zeros((3, 1)))[0] == 0
+    assert effect_sizes(np.ones((1, 1)), np.zeros((1, 1)))[0] == 0  # one of each: nothing is known of the spread
 
 
 def test_an_interval_holds_the_true_auc_about_as_often_as_it_says() -> None:

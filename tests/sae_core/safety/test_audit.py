@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from scipy import sparse
@@ -12,12 +13,12 @@ from sae_core.atlas import Atlas
 from sae_core.features import Example, Features
 from sae_core.language_model import LanguageModel
 from sae_core.prompt_reader import Pooled, PromptReader
-from sae_core.safety.audit import ConceptAudit, audit, build_audit, lost_concepts
+from sae_core.safety.audit import ConceptAudit, Measured, Steers, audit, build_audit, is_rated, lost_concepts
 from sae_core.safety.baselines import fit_probe, fit_words, random_features
 from sae_core.safety.concepts import Concept, load_concepts
 from sae_core.safety.monitor import load_detectors
 from sae_core.safety.report import markdown, verdict
-from sae_core.safety.specificity import specificity
+from sae_core.safety.specificity import is_about, share_of_corpus, specificity
 from sae_core.study import SafetySettings
 
 D_SAE, OWN = 30, 4
@@ -63,6 +64,9 @@ class OwnFeatures(Features):
     def feature(self, feature: int) -> Any:
         return SimpleNamespace(histogram=[60, 20, 10, 10])
 
+    def sample(self) -> Any:
+        return SimpleNamespace(tokens=[["an", " owl"], *[["a", " mouse"]] * 9])
+
 
 class OwnAtlas(Atlas):
     def __init__(self) -> None:
@@ -77,6 +81,7 @@ class Reader(PromptReader):
 
     def __init__(self) -> None:
         self.dictionary: Any = SimpleNamespace(d_sae=D_SAE)
+        self.window_tokens = 2  # every text has three tokens
 
     def pool(self, texts: Any, report: Any = None) -> Pooled:
         return pool(texts)
@@ -84,10 +89,11 @@ class Reader(PromptReader):
 
 FEATURES = OwnFeatures()
 ATLAS, READER = OwnAtlas(), Reader()
+STEERS = {OWN: Steers(0.25, "output")}
 
 
 def one(chosen: Concept) -> ConceptAudit:
-    (found,), _ = audit([chosen], SafetySettings(), ATLAS, READER)
+    (found,), _ = audit([chosen], SafetySettings(), ATLAS, READER, STEERS)
     return found
 
 
@@ -105,13 +111,30 @@ def test_a_planted_concept_is_found_and_held_against_the_baselines() -> None:
     assert "Found: feature 4" in said
     assert "words alone (1.00)" in said
     assert "as well or better" in said
+    assert "more than random directions do (output score 0.25)" in said
+    assert found.windowed == found.n_texts > 0
 
 
 def test_specificity_weighs_each_level_by_its_firings() -> None:
-    found = specificity(FEATURES, OWN, "owl")
+    found = specificity(FEATURES, OWN, "owl", 0.1)
     assert found.share == pytest.approx((80 * 0.5 + 20 * 1.0) / 100)
     assert found.top == 0.5
-    assert specificity(FEATURES, OWN + 1, "owl").share is None
+    assert found.is_own
+    assert specificity(FEATURES, OWN + 1, "owl", 0.1).share is None
+
+
+def test_a_feature_that_fires_on_a_concept_no_more_than_chance_is_not_its_own() -> None:
+    corpus = share_of_corpus(FEATURES.sample().tokens, "owl|mouse")
+    assert corpus == 1
+    found = specificity(FEATURES, OWN, "owl|mouse", corpus)
+    assert found.share == 1
+    assert not found.is_own
+    assert "hardly more than anywhere" in verdict(one(concept(about="owl|mouse")))
+
+
+def test_a_pattern_sees_characters_that_tokens_cut() -> None:
+    assert is_about(["\\xd8", "\\xa7", "\\xd9", "\\x84"], "[\u0600-\u06ff]{2}")
+    assert not is_about(["\\xd8", "\\xa7"], "xd8")
 
 
 def test_a_feature_that_fires_on_something_else_in_the_corpus_is_a_stand_in() -> None:
@@ -159,17 +182,31 @@ def test_the_report_holds_every_concept_and_its_table_has_as_many_cells_in_each_
     text = markdown(audits, "some.dictionary", ["hawks"])
     assert all(f"**{a.concept}**" in text for a in audits)
     assert "Lost since the audit before: hawks" in text
+    assert "Of 3 concepts: 1 found, 1 stand-in, 1 no claim." in text
+    assert "As well as the feature or better: the words alone, for 2 of 2." in text
     rows = [line.replace("\\|", "") for line in text.splitlines() if line.startswith("| ")]
     tables = {row.count("|") for row in rows if "found" in row or "claim" in row or "verdict" in row}
     assert len(tables) == 1
     assert "label\\|4" in text
 
 
+@pytest.mark.parametrize(("alarms", "off"), [(20, 1.0), (30, 1.5), (10, 2.0), (0, 40.0)])
+def test_a_monitor_is_off_by_a_factor_in_either_direction(alarms: int, off: float) -> None:
+    measured = Measured(0.05, alarms, 400, 0.0, 1.0, 0, 1)
+    assert measured.off == pytest.approx(off)
+    assert is_rated(measured)
+    assert not is_rated(measured._replace(negatives=40))
+    assert not is_rated(None)
+
+
 def test_the_stage_writes_tables_report_and_monitors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sae_core.safety.audit.PromptReader", SimpleNamespace(of=lambda atlas, lm: READER))
     settings = SafetySettings(concepts=["citation_surnames", "power_seeking"], features=2)
     lm = object.__new__(LanguageModel)
-    summary = build_audit(settings, ATLAS, lm, tmp_path, {"names_found": ["power_seeking"]})
+    scores = {"feature": [OWN], "output_score": [0.25], "role": ["output"]}
+    (tmp_path / "steering").mkdir()
+    pq.write_table(pa.table(scores), tmp_path / "steering" / "scores.parquet")
+    summary = build_audit(settings, ATLAS, lm, tmp_path / "steering", tmp_path, {"names_found": ["power_seeking"]})
     assert summary["concepts"] == 2
     assert summary["names_lost"] == ["power_seeking"]
     assert summary["n_lost"] == 1

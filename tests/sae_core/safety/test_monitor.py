@@ -112,7 +112,7 @@ def test_detectors_are_written_and_read_back_and_an_unknown_concept_is_refused(t
 def test_lines_are_texts_or_json_with_text_or_messages(lm: LanguageModel) -> None:
     chat = [{"role": "user", "content": "Hi"}]
     lines = io.StringIO(f"plain\n\n{json.dumps({'text': 'a {b}'})}\n{json.dumps({'messages': chat})}\n")
-    texts = list(read_stream(lines, lm.tokenizer.apply_chat_template))
+    texts = list(read_stream(lines, lm.tokenizer))
     assert texts == ["plain", "a {b}", "<|start|>user\nHi<|end|>\n"]
     assert list(read_stream(iter([json.dumps({"messages": chat})]))) == ["Hi"]
 

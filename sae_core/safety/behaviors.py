@@ -1,0 +1,353 @@
+"""Behaviors with and without a feature, against the controls of the steering report.
+
+A behavior is a choice between two ways to go on: to give up a right answer or to keep it, to praise a bad poem or to
+criticize it, `she` or `he` after a profession. It is measured as log-odds, ln P(one) - ln P(other), each summed over
+its ways of saying it; nothing is sampled, so that a small effect is not lost in the luck of drawing. The features are
+those that the audit found for the behavior's concept, turned down, taken away and turned up.
+
+Each change is held against the same change along random directions of equal norm, against random other features at the
+same strength, and against words that ask for the opposite.
+"""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float
+from pydantic import Field
+
+from sae_core.errors import MindAtlasError
+from sae_core.language_model import LanguageModel, Message
+from sae_core.names import Site
+from sae_core.progress import Report, silent
+from sae_core.safety.audit import AUDIT
+from sae_core.settings import Settings
+from sae_core.steering import Steer
+from sae_core.steering_texts import Condition, Subject, condition_steering
+from sae_core.study import BehaviorSettings, ModelSettings
+
+SHIPPED = Path(__file__).with_suffix(".toml")
+BEHAVIORS, TABLE, MARKDOWN = "behaviors.json", "behaviors.parquet", "behaviors.md"
+CHANGES = {"down": -1.0, "ablated": 0.0, "up": 1.0}
+"""Clamps, in shares of the strength that the settings ask for."""
+_LOGITS = 2**25
+"""Logits held at once."""
+_RESAMPLES = 2000
+
+
+class BehaviorError(MindAtlasError):
+    """A behavior that cannot be measured."""
+
+
+class Behavior(Settings):
+    """A choice between two ways to go on. `{slots}` are filled from each item."""
+
+    name: str
+    description: str
+    concept: str
+    """Of the audit, whose features are steered."""
+    instruction: str
+    """Words that ask for the opposite: the prompt-only control."""
+    text: str = ""
+    """Plain text that goes on; or, in its place,"""
+    turns: list[dict[str, str]] = Field(default=[])
+    """a conversation that is answered,"""
+    begins: str = ""
+    """with an answer that begins so."""
+    before: list[dict[str, str]] = Field(default=[])
+    """A conversation in which the model must prefer `other`, or the item does not count: it did not know."""
+    one: list[str] = Field(min_length=1)
+    one_means: str
+    other: list[str] = Field(min_length=1)
+    other_means: str
+    items: list[dict[str, str]] = Field(min_length=2)
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of all of it."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+class Choice(NamedTuple):
+    """An item, as tokens."""
+
+    prompt: list[int]
+    one: list[list[int]]
+    other: list[list[int]]
+
+
+class Chosen(NamedTuple):
+    """What a model does with some choices, under some conditions."""
+
+    odds: Float[np.ndarray, "conditions choices"]
+    """ln P(one) - ln P(other)."""
+    said: Float[np.ndarray, "conditions choices"]
+    """ln of the probability that it is one of both."""
+
+
+class Effect(NamedTuple):
+    """What a change does to a behavior."""
+
+    behavior: str
+    feature: int | None
+    """None for the model as it is, and for words."""
+    change: str
+    """`none`, `down`, `ablated`, `up` or `asked`."""
+    by: str
+    """What was changed: `nothing`, `feature`, `random_direction`, `random_feature` or `words`."""
+    odds: float
+    """Mean log-odds of `one`, nats."""
+    shift: float
+    """Their difference to the model as it is, mean over items (and over random draws)."""
+    low: float
+    high: float
+    """95% bootstrap interval of the shift, over items and draws."""
+    rate: float
+    """Share of items in which `one` is the likelier."""
+    said: float
+    """Change of the ln of the probability that it says either, nats: far below 0, the model is merely broken."""
+    draws: int
+    as_large: int | None
+    """Of a feature: how many of the random draws shift the odds at least as far, in either direction."""
+
+
+def load_behaviors(path: Path = SHIPPED) -> list[Behavior]:
+    """The behaviors of a file. Raises pydantic's ValidationError: the shipped one is held by tests."""
+    return [Behavior.model_validate(row) for row in tomllib.loads(path.read_text("utf-8"))["behavior"]]
+
+
+def build_behaviors(
+    settings: BehaviorSettings, model: ModelSettings, site: Site, sink_norm: float, dictionary: Path, features: Path,
+    audit: Path, folder: Path, device: str = "cpu", report: Report = silent,
+) -> dict[str, Any]:  # fmt: skip
+    """Write `behaviors.json`, `behaviors.parquet` (columns as in `Effect`) and `behaviors.md`.
+
+    Args:
+        settings: how much is measured.
+        model: the language model, run in float32.
+        site: where the dictionary reads it.
+        sink_norm: norm above which an activation is an attention sink.
+        dictionary: folder of the finished dictionary.
+        features: folder of its features.
+        audit: folder of its audit, which says which features stand for a concept.
+        folder: where to write.
+        device: where to compute.
+        report: progress, in choices.
+
+    Returns:
+        Items of each behavior; changes by features, and those that go beyond all of their controls.
+
+    Raises:
+        BehaviorError: the audit left out a concept.
+    """
+    subject = Subject.open(LanguageModel.load(model, device, "float32"), site, dictionary, features, sink_norm)
+    behaviors, found = load_behaviors(), {row["concept"]: row for row in json.loads((audit / AUDIT).read_text("utf-8"))}
+    effects: list[Effect] = []
+    counted: dict[str, Any] = {}
+    for behavior in behaviors:
+        if behavior.concept not in found:
+            raise BehaviorError(f"the audit has no concept {behavior.concept!r}: make it whole with `mind-atlas audit`")
+        kept = [candidate["feature"] for candidate in found[behavior.concept]["candidates"]]
+        best = [feature for feature in kept if subject.max_acts[feature] > 0][: settings.features]
+        items = known(subject, behavior)
+        counted[f"items_{behavior.name}"] = len(items)
+        effects += measure(subject, behavior, items, best, settings, report) if items else []
+    table = pa.Table.from_pylist([effect._asdict() for effect in effects])
+    pq.write_table(table, folder / TABLE)
+    shown = {"behaviors": [b.model_dump(include=_TOLD) | {"n_items": counted[f"items_{b.name}"]} for b in behaviors],
+             "effects": table.to_pylist()}  # fmt: skip
+    (folder / BEHAVIORS).write_text(json.dumps(shown, ensure_ascii=False, indent=1), "utf-8")
+    (folder / MARKDOWN).write_text(markdown(behaviors, effects, counted, site), "utf-8")
+    own = [effect for effect in effects if effect.by == "feature"]
+    not_finite = sum(not np.isfinite(effect.shift) for effect in effects)
+    return counted | {"n_changes": len(own), "n_beyond": len(beyond(own)), "n_not_finite": not_finite}
+
+
+_TOLD = {"name", "description", "concept", "one_means", "other_means", "instruction"}
+
+
+def known(subject: Subject, behavior: Behavior) -> list[dict[str, str]]:
+    """The items that count: where the model, not yet disturbed, prefers `other`; all when nothing comes before."""
+    if not behavior.before:
+        return behavior.items
+    undisturbed = behavior.model_copy(update={"turns": behavior.before})
+    found = choose(subject, [_choice(subject.lm, undisturbed, item) for item in behavior.items], [Condition()])
+    return [item for item, odds in zip(behavior.items, found.odds[0], strict=True) if odds < 0]
+
+
+def measure(
+    subject: Subject, behavior: Behavior, items: Sequence[dict[str, str]], best: Sequence[int],
+    settings: BehaviorSettings, report: Report = silent,
+) -> list[Effect]:  # fmt: skip
+    """A behavior under every change of some features, and under the controls of each."""
+    choices = [_choice(subject.lm, behavior, item) for item in items]
+    told = [_choice(subject.lm, behavior, item, behavior.instruction) for item in items]
+    total = len(items) * (2 + len(best) * len(CHANGES))
+    base = choose(subject, choices, [Condition()])
+    asked = choose(subject, told, [Condition()])
+    effects = [
+        _effect(behavior.name, None, "none", "nothing", base, base),
+        _effect(behavior.name, None, "asked", "words", asked, base),
+    ]
+    for number, feature in enumerate(best):
+        for place, (change, share) in enumerate(CHANGES.items()):
+            steer = Steer(feature, share * settings.strength)
+            kinds = _against(subject, steer, settings).items()
+            done = {by: choose(subject, choices, conditions) for by, conditions in kinds}
+            effects += _judged(behavior.name, feature, change, done, base)
+            report((2 + number * len(CHANGES) + place + 1) * len(items), total, "choices")
+    return effects
+
+
+def _against(subject: Subject, steer: Steer, settings: BehaviorSettings) -> dict[str, list[Condition]]:
+    """The feature, and its controls."""
+    n, alive = settings.controls, np.flatnonzero(subject.max_acts.numpy() > 0)
+    others = alive[alive != steer.feature]
+    drawn = np.random.default_rng([settings.seed, steer.feature]).choice(others, min(n, len(others)), replace=False)
+    directions = subject.random_directions(n, settings.seed + steer.feature)
+    return {
+        "feature": [Condition(steer)],
+        "random_direction": [Condition(steer, direction) for direction in directions],
+        "random_feature": [Condition(steer._replace(feature=int(other))) for other in drawn],
+    }
+
+
+def _judged(name: str, feature: int, change: str, done: dict[str, Chosen], base: Chosen) -> list[Effect]:
+    """The effects of a feature and of its controls; the feature's says how many of the controls go as far."""
+    first, *controls = [_effect(name, feature, change, by, chosen, base) for by, chosen in done.items()]
+    shifts = {by: np.abs((chosen.odds - base.odds).mean(1)) for by, chosen in done.items()}
+    large = sum(int((shifts[control.by] >= abs(first.shift)).sum()) for control in controls)
+    return [first._replace(as_large=large), *controls]
+
+
+def _effect(name: str, feature: int | None, change: str, by: str, done: Chosen, base: Chosen) -> Effect:
+    shift = done.odds - base.odds
+    low, high = _interval(shift)
+    return Effect(
+        name, feature, change, by, float(done.odds.mean()), float(shift.mean()), low, high,
+        float((done.odds > 0).mean()), float((done.said - base.said).mean()), len(shift), None,
+    )  # fmt: skip
+
+
+def _interval(values: Float[np.ndarray, "draws items"], seed: int = 0) -> tuple[float, float]:
+    """95% percentile interval of the mean, draws and items both drawn anew (Efron 1979)."""
+    rng = np.random.default_rng(seed)
+    draws, items = values.shape
+    weights = [rng.multinomial(n, np.full(n, 1 / n), _RESAMPLES) / n for n in (draws, items)]
+    means = np.einsum("bd,di,bi->b", weights[0], values, weights[1], optimize=True)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _choice(lm: LanguageModel, behavior: Behavior, item: dict[str, str], instruction: str = "") -> Choice:
+    """An item, filled in."""
+
+    def ids(text: str) -> list[int]:
+        return lm.tokenizer(text, add_special_tokens=False).input_ids if text else []
+
+    turns: list[Message] = [{"role": t["role"], "content": t["content"].format(**item)} for t in behavior.turns]
+    if turns:
+        turns[0] = {**turns[0], "content": f"{instruction} {turns[0]['content']}".strip()}
+    text = f"{instruction} {behavior.text.format(**item)}".strip()
+    prompt = lm.prompt_ids(turns or text) + ids(behavior.begins)
+    one, other = ([ids(way.format(**item)) for way in side] for side in (behavior.one, behavior.other))
+    return Choice(prompt, one, other)
+
+
+@torch.no_grad()
+def choose(subject: Subject, choices: Sequence[Choice], conditions: Sequence[Condition]) -> Chosen:
+    """Log-odds of each choice under each condition.
+
+    Ways that differ in their last token alone are read once: those of one token need the prompt alone.
+    """
+    odds, said = (np.zeros((len(conditions), len(choices))) for _ in range(2))
+    for column, choice in enumerate(choices):
+        ways = [*choice.one, *choice.other]
+        of = np.zeros((len(conditions), len(ways)))
+        for stem in dict.fromkeys(tuple(way[:-1]) for way in ways):
+            fitting = [i for i, way in enumerate(ways) if tuple(way[:-1]) == stem]
+            of[:, fitting] = _logprobs(subject, choice.prompt, [*stem], [ways[i][-1] for i in fitting], conditions)
+        one, other = (np.logaddexp.reduce(side, axis=1) for side in np.split(of, [len(choice.one)], axis=1))
+        odds[:, column], said[:, column] = one - other, np.logaddexp(one, other)
+    return Chosen(odds, said)
+
+
+def _logprobs(
+    subject: Subject, prompt: list[int], stem: list[int], last: list[int], conditions: Sequence[Condition]
+) -> Float[np.ndarray, "conditions ways"]:
+    """Log-probability of the stem and each of the last tokens, after the prompt."""
+    ids, first = [*prompt, *stem], len(prompt) - 1
+    found = np.zeros((len(conditions), len(last)))
+    step = max(1, _LOGITS // (len(ids) * subject.lm.vocab_size))
+    for start in range(0, len(conditions), step):
+        some = conditions[start : start + step]
+        steering = condition_steering(subject, some)
+        with steering.applied(subject.lm) if steering else nullcontext():
+            logits = subject.lm.logits(torch.tensor([ids] * len(some), device=subject.lm.device))[:, first:]
+        logprobs = logits.float().log_softmax(-1).cpu().numpy()
+        shared = logprobs[:, range(len(stem)), stem].sum(1, keepdims=True)
+        found[start : start + len(some)] = shared + logprobs[:, -1, last]
+    return found
+
+
+def beyond(effects: Sequence[Effect]) -> list[Effect]:
+    """The changes by a feature that no random draw equals, and whose interval is away from 0."""
+    return [e for e in effects if e.as_large == 0 and (e.low > 0 or e.high < 0)]
+
+
+def markdown(behaviors: Sequence[Behavior], effects: Sequence[Effect], counted: dict[str, Any], site: Site) -> str:
+    """The numbers of every change and every control, and what they come to."""
+    own = [effect for effect in effects if effect.by == "feature"]
+    lines = [f"`{site.slug}`\n", _verdict(effects, own)]
+    for behavior in behaviors:
+        n = counted[f"items_{behavior.name}"]
+        left = f", of {len(behavior.items)}: the others it did not know" if n < len(behavior.items) else ""
+        lines += [
+            f"\n### {behavior.name}\n",
+            f"{behavior.description} {n} items{left}. Odds are of {behavior.one_means} over {behavior.other_means}. "
+            f'Words: "{behavior.instruction}"\n',
+            f"| change | by | feature | shift of ln odds (interval) | {behavior.one_means} preferred | ln said at all "
+            "| controls as large |\n|" + " --- |" * 7,
+            *(_row(effect, effects) for effect in effects if effect.behavior == behavior.name),
+        ]
+    return "\n".join([*lines, ""])
+
+
+def _row(effect: Effect, effects: Sequence[Effect]) -> str:
+    large = ""
+    if effect.as_large is not None:
+        large = f"{effect.as_large} of {sum(e.draws for e in effects if _is_control(e, effect))}"
+    number = "" if effect.feature is None else effect.feature
+    cells = [
+        effect.change, effect.by.replace("_", " "), f"{number}" + (" (its controls)" if "random" in effect.by else ""),
+        f"{effect.shift:+.3f} ({effect.low:+.3f} to {effect.high:+.3f})", f"{effect.rate:.0%}", f"{effect.said:+.2f}",
+        large,
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def _is_control(other: Effect, effect: Effect) -> bool:
+    return other[:3] == effect[:3] and other.by != "feature"
+
+
+def _verdict(effects: Sequence[Effect], own: Sequence[Effect]) -> str:
+    """What all of it comes to, luck counted."""
+    if not own:
+        return (
+            "Nothing was measured: the audit has no feature for any of these, or the model knows none of the answers."
+        )
+    luck = sum(1 / (1 + sum(e.draws for e in effects if _is_control(e, effect))) for effect in own)
+    far = beyond(own)
+    told = "; ".join(f"{e.behavior}, feature {e.feature} {e.change}: {e.shift:+.2f}" for e in far)
+    return (
+        f"Of {len(own)} changes by features, {len(far)} shift the odds further than all of their random controls; luck "
+        f"alone would give {luck:.1f}." + (f" They are: {told}." if told else "")
+    )
