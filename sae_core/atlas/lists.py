@@ -1,0 +1,38 @@
+"""Features worth a look, which no search finds."""
+
+import numpy as np
+
+from sae_core.atlas.choosing import Found
+from sae_core.atlas.tables import Tables
+
+
+def multilingual(tables: Tables, n_features: int) -> Found:
+    """Features whose strongest examples lie in several languages; the more evenly (by entropy), the more relevant.
+
+    None where the languages of documents are not known.
+    """
+    if "language" not in tables.columns("documents"):
+        return _found({}, {}, n_features)
+    rows = tables.query("""
+        SELECT feature, -sum(n / total * ln(n / total)),
+            'languages: ' || string_agg(language, ', ' ORDER BY n DESC, language)
+        FROM (SELECT feature, language, count(*) AS n, sum(count(*)) OVER (PARTITION BY feature) AS total
+              FROM examples JOIN documents USING (document) WHERE language <> '' AND examples.kind = 'top'
+              GROUP BY feature, language)
+        GROUP BY feature HAVING count(*) > 1""")
+    return _found({i: entropy for i, entropy, _ in rows}, {i: told for i, _, told in rows}, n_features)
+
+
+def newest(tables: Tables, n_features: int) -> Found:
+    """Features that the last retraining brought; none where there was none."""
+    if "lineage" not in tables:
+        return _found({}, {}, n_features)
+    last = "generation = (SELECT max(generation) FROM lineage)"
+    fates = dict(tables.query(f"SELECT feature, fate FROM lineage WHERE fate IN ('born', 'split') AND {last}"))
+    return _found(dict.fromkeys(fates, 0.0), fates, n_features)
+
+
+def _found(relevance: dict[int, float], why: dict[int, str], n_features: int) -> Found:
+    total = np.zeros(n_features)
+    total[list(relevance)] = [*relevance.values()]
+    return Found(np.array(sorted(relevance), np.int64), total, lambda feature: why[feature])
