@@ -5,7 +5,7 @@ from typing import Annotated, NamedTuple
 from fastapi import Query
 
 from sae_core.atlas import SORTS, Atlas, Filters, SearchError
-from sae_core.serve.views import SearchView
+from sae_core.serve.shapes import SearchView
 
 MAX_QUERY = 500  # characters
 PAGE = 30
