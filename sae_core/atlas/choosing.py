@@ -1,6 +1,6 @@
 """How features that were found are filtered and sorted: by columns that are in memory, of all features at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +26,8 @@ class Found(NamedTuple):
     """The relevance of every feature; 0 of those that were not found."""
     why: Callable[[int], str] = lambda feature: ""
     """Where a found feature was found."""
+    meaning: Mapping[int, float] = {}
+    """Cosine of what was asked with the names of those that were found by it."""
 
 
 class Filters(NamedTuple):
@@ -121,7 +123,7 @@ def chosen(found: Found, columns: Columns, filters: Filters, sort: str, limit: i
     features = found.features[_passing(columns, filters)[found.features]]
     keys = {"total": found.total, "feature": np.arange(len(found.total))}.get(of)
     keys = direction * (getattr(columns, of) if keys is None else keys)[features]
-    return features[_least(keys, offset + limit)[offset:]].tolist()
+    return features[least(keys, offset + limit)[offset:]].tolist()
 
 
 def _passing(columns: Columns, filters: Filters) -> Bool[np.ndarray, " d_sae"]:
@@ -140,7 +142,7 @@ def _passing(columns: Columns, filters: Filters) -> Bool[np.ndarray, " d_sae"]:
     return passing
 
 
-def _least(keys: Num[np.ndarray, " n"], count: int) -> Int64[np.ndarray, " count"]:
+def least(keys: Num[np.ndarray, " n"], count: int) -> Int64[np.ndarray, " count"]:
     """Places of the `count` least keys in order, of equal ones the first; NaN comes last."""
     keys = np.where(np.isnan(keys), np.inf, keys)
     if count < len(keys):

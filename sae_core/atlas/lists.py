@@ -32,6 +32,17 @@ def newest(tables: Tables, n_features: int) -> Found:
     return _found(dict.fromkeys(fates, 0.0), fates, n_features)
 
 
+def safety(tables: Tables, n_features: int) -> Found:
+    """The best feature for each concept of the safety audit that has one; none before the audit is made."""
+    if not {"concept", "kind", "status", "rank", "auc"} <= tables.columns("audit"):
+        return _found({}, {}, n_features)
+    rows = tables.query("""
+        SELECT feature, max(auc), string_agg(
+            format('{} ({}, AUC {:.2f})', replace(concept, '_', ' '), status, auc), '; ' ORDER BY auc DESC, concept)
+        FROM audit WHERE kind = 'safety' AND rank = 1 AND status <> 'not found' AND auc IS NOT NULL GROUP BY feature""")
+    return _found({i: auc for i, auc, _ in rows}, {i: told for i, _, told in rows}, n_features)
+
+
 def _found(relevance: dict[int, float], why: dict[int, str], n_features: int) -> Found:
     total = np.zeros(n_features)
     total[list(relevance)] = [*relevance.values()]

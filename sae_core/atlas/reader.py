@@ -11,12 +11,14 @@ import pyarrow as pa
 from sae_core.artifacts import ArtifactError, ArtifactStore, Made
 from sae_core.atlas import choosing, lists
 from sae_core.atlas.choosing import ALL, NOWHERE, Columns, Filters, Found, chosen, read_columns
+from sae_core.atlas.fused import fused
 from sae_core.atlas.shapes import Ancestor, ExplainedToken, FeatureCard, Fired, Hit, Neighbor, Place
 from sae_core.atlas.tables import FILES, Tables
 from sae_core.atlas.words import by_words
 from sae_core.by_feature import ByFeature
 from sae_core.features import Features
 from sae_core.generations import served
+from sae_core.labels.meaning import Meaning
 from sae_core.names import DictionarySpec, Site
 from sae_core.word_index import WordIndex
 
@@ -73,8 +75,14 @@ class Atlas:
     def search(
         self, query: str, limit: int = 20, filters: Filters = ALL, sort: str = "relevance", offset: int = 0
     ) -> list[Hit]:
-        """Features by words, see `words.by_words`. Raises SearchError when the query holds none."""
-        return self._hits(by_words(self._words(), query, len(self.features)), filters, sort, limit, offset)
+        """Features by words, see `words.by_words`, and by meaning where the labels have an index of it.
+
+        Raises SearchError when the query holds no word.
+        """
+        found = by_words(self._words(), query, len(self.features))
+        if self._meaning:
+            found = fused(found, *self._meaning.find(query))
+        return self._hits(found, filters, sort, limit, offset)
 
     def browse(self, limit: int = 20, filters: Filters = ALL, sort: str = "number", offset: int = 0) -> list[Hit]:
         """Features that pass the filters, without a search. Raises SearchError when there is no such order."""
@@ -89,6 +97,10 @@ class Atlas:
         """Features that the last retraining brought, most often firing first; none where there was none."""
         found = lists.newest(self._tables, len(self.features))
         return self._hits(found, Filters(alive=True), "density", limit)
+
+    def safety(self, limit: int = 20) -> list[Hit]:
+        """The features that the safety audit points to, best first, with the concepts they are for."""
+        return self._hits(lists.safety(self._tables, len(self.features)), limit=limit)
 
     def history(self, feature: int) -> list[Ancestor]:
         """What became of a feature from one retraining to the next, newest first, as far back as it is the same."""
@@ -135,6 +147,11 @@ class Atlas:
         """Whether some label was scored."""
         return choosing.has_scores(self._tables)
 
+    @property
+    def has_meaning(self) -> bool:
+        """Whether features are found by meaning, too."""
+        return self._meaning is not None
+
     def _hits(
         self, found: Found, filters: Filters = ALL, sort: str = "relevance", limit: int = 20, offset: int = 0
     ) -> list[Hit]:
@@ -152,6 +169,7 @@ class Atlas:
                 label_score=None if np.isnan(columns.label_score[i]) else float(columns.label_score[i]),
                 cluster=None if columns.cluster[i] == NOWHERE else int(columns.cluster[i]),
                 beats_control=columns.beats_control[i].as_py(),
+                meaning=found.meaning.get(i),
             )
             for i in chosen(found, columns, filters, sort, limit, offset)
         ]
@@ -204,6 +222,10 @@ class Atlas:
     def sink_norm(self) -> float:
         """Norm above which a token counted as an attention sink in the harvest."""
         return sink_norm(self.store.get("activations", self.site.slug))
+
+    @cached_property
+    def _meaning(self) -> Meaning | None:
+        return Meaning.open(self.store.get("labels", self.dictionary).folder) if "labels" in self._tables else None
 
     @cached_property
     def _names(self) -> pa.Array | None:

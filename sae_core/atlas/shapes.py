@@ -18,7 +18,7 @@ class Hit:
     score: float
     """Higher is better; comparable within one search only."""
     why: str
-    """Where it was found, with the text around; empty when no words were searched."""
+    """Where it was found, with the text around; empty when nothing was searched."""
     density: float
     max_act: float = 0.0
     kind: str = ""
@@ -27,6 +27,8 @@ class Hit:
     cluster: int | None = None
     beats_control: bool | None = None
     """Whether the label did better than another feature's on text that its writer did not see; None: not scored."""
+    meaning: float | None = None
+    """Cosine of the query with its name, of one that was found by meaning, see `labels.meaning`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ FILES = {
     "steering": ("steering", "scores.parquet"),
     "training": ("dictionary", "metrics.parquet"),
     "lineage": ("dictionary", "lineage.parquet"),
+    "audit": ("safety", "audit.parquet"),
     "documents": ("corpus", "documents.parquet"),
 }
 """Stage and file of each table; an artifact's slug is the column `dictionary`, for `documents` the column `corpus`."""

@@ -64,6 +64,7 @@ def found(atlas: Atlas, asked: Question) -> SearchView:
         hits=hits[: asked.limit],
         more=len(hits) > asked.limit,
         offset=asked.offset,
+        by_meaning=bool(asked.words.strip()) and atlas.has_meaning,
     )
 
 

@@ -65,6 +65,8 @@ class Label(View):
     model: str
     """Who wrote it."""
     prompt_version: str
+    made_at: str
+    """When it was written, UTC; empty where none was."""
     error: str
     """Why it failed."""
     scores: list[Score]
@@ -173,6 +175,8 @@ class SearchView(View):
     more: bool
     """Whether there are more after these."""
     offset: int
+    by_meaning: bool
+    """Whether meaning was searched as well as words."""
 
 
 class DocumentView(View):
@@ -212,6 +216,8 @@ class Stage(View):
     """UTC; empty where it is not made."""
     cure: str
     """The command that makes it."""
+    on_request: bool = False
+    """It is no part of the atlas, and made when somebody asks for it."""
 
 
 class Listed(View):
@@ -220,6 +226,16 @@ class Listed(View):
     title: str
     about: str
     features: list[Hit]
+
+
+class Quality(View):
+    """A score of labels, in the mean over those that have it."""
+
+    name: str
+    labels: int
+    value: float
+    control: float | None
+    """What other features' labels got on the same texts."""
 
 
 class Overview(View):
@@ -242,5 +258,7 @@ class Overview(View):
     """Summary of the features: n_features, n_alive, n_dense, median_density."""
     labels: dict[str, Any] | None
     """Summary of the labels: n_labeled, n_failed, model; null before they are made."""
+    quality: list[Quality]
+    """How far the written labels can be believed; empty where none was scored."""
     lists: list[Listed]
     stages: list[Stage]

@@ -21,6 +21,7 @@ from sae_core.serve.shapes import (
     Near,
     Overview,
     Passage,
+    Quality,
     Score,
     Stage,
     Together,
@@ -34,6 +35,11 @@ class NotFoundError(MindAtlasError):
     """Something asked for by number or name that is not there."""
 
 
+_ON_REQUEST = {
+    "steering_report": "mind-atlas steering-report", "safety": "mind-atlas audit",
+    "multilingual": "mind-atlas multilingual",
+}  # fmt: skip
+"""Stages that are no part of an atlas, and the commands that make them."""
 _HEALTH = ("fvu", "l0", "dead", "delta_ce", "ce_recovered")
 _LISTED = 8
 _COUNTER = 3  # counter-examples of each sort
@@ -65,7 +71,7 @@ def feature_view(atlas: Atlas, feature: int) -> FeatureView:
 
 def _label(row: dict[str, Any]) -> Label:
     """The label, from its row; columns that are not there yet are passed over."""
-    texts = ("label", "lexical", "description", "kind", "status", "model", "prompt_version", "error")
+    texts = ("label", "lexical", "description", "kind", "status", "model", "prompt_version", "made_at", "error")
     return Label(
         **{name: row.get(name) or "" for name in texts},
         confidence=row.get("confidence"),
@@ -151,8 +157,12 @@ def overview(atlas: Atlas, slugs: list[str], studies: Studies) -> Overview:
         health={key: (summaries["dictionary"] or {})[key] for key in _HEALTH if key in (summaries["dictionary"] or {})},
         features=summaries["features"] or {},
         labels=summaries["labels"],
+        quality=_quality(summaries["labels"] or {}),
         lists=list(_lists(atlas)),
-        stages=[_stage(store, stage, slug_of(spec, stage), study or "STUDY") for stage in VERSIONS],
+        stages=[
+            *(_stage(store, stage, spec, f"mind-atlas run {study or 'STUDY'} --until {stage}") for stage in VERSIONS),
+            *(_stage(store, stage, spec, cure, on_request=True) for stage, cure in _ON_REQUEST.items()),
+        ],
     )
 
 
@@ -163,6 +173,7 @@ def _lists(atlas: Atlas) -> Iterable[Listed]:
     rare = atlas.browse(_LISTED, Filters(alive=True), "rarity")
     lists = [
         ("Labeled by a model", scored, written),
+        ("Safety", "what the audit points to, concept by concept", atlas.safety(_LISTED)),
         ("Multilingual", "strongest examples spread over languages", atlas.multilingual(_LISTED)),
         ("Strongest", "largest activations", atlas.browse(_LISTED, sort="strength")),
         ("Always on", "fire on the most tokens", atlas.browse(_LISTED, sort="density")),
@@ -177,10 +188,21 @@ def _summary(store: ArtifactStore, stage: str, slug: str) -> dict[str, Any] | No
     return manifest.summary if manifest else None
 
 
-def _stage(store: ArtifactStore, stage: str, slug: str, study: str) -> Stage:
-    manifest = store.manifest(stage, slug)
-    cure = f"mind-atlas run {study} --until {stage}"
-    return Stage(stage=stage, made=manifest is not None, made_at=manifest.made_at if manifest else "", cure=cure)
+def _quality(summary: dict[str, Any]) -> list[Quality]:
+    """The scores of all labels, in the mean."""
+    found = []
+    for name, scores in (summary.get("scores") or {}).items():
+        values, controls = ([x for x in scores.get(key, []) if x is not None] for key in ("score", "shuffled"))
+        if values:
+            control = sum(controls) / len(controls) if controls else None
+            found.append(Quality(name=name, labels=len(values), value=sum(values) / len(values), control=control))
+    return found
+
+
+def _stage(store: ArtifactStore, stage: str, spec: DictionarySpec, cure: str, on_request: bool = False) -> Stage:
+    manifest = store.manifest(stage, slug_of(spec, stage))
+    made_at = manifest.made_at if manifest else ""
+    return Stage(stage=stage, made=manifest is not None, made_at=made_at, cure=cure, on_request=on_request)
 
 
 def together(atlas: Atlas, feature: int) -> list[Together]:
