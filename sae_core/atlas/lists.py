@@ -33,13 +33,16 @@ def newest(tables: Tables, n_features: int) -> Found:
 
 
 def safety(tables: Tables, n_features: int) -> Found:
-    """The best feature for each concept of the safety audit that has one; none before the audit is made."""
+    """The best feature for each concept of the safety audit that it was told apart by; none before the audit is made.
+
+    Those that were found come before those that are in part, or stand for something else.
+    """
     if not {"concept", "kind", "status", "rank", "auc"} <= tables.columns("audit"):
         return _found({}, {}, n_features)
     rows = tables.query("""
-        SELECT feature, max(auc), string_agg(
+        SELECT feature, max(auc + if(status = 'found', 1, 0)), string_agg(
             format('{} ({}, AUC {:.2f})', replace(concept, '_', ' '), status, auc), '; ' ORDER BY auc DESC, concept)
-        FROM audit WHERE kind = 'safety' AND rank = 1 AND status <> 'not found' AND auc IS NOT NULL GROUP BY feature""")
+        FROM audit WHERE kind = 'safety' AND rank = 1 AND status IN ('found', 'partly', 'stand-in') GROUP BY feature""")
     return _found({i: auc for i, auc, _ in rows}, {i: told for i, _, told in rows}, n_features)
 
 
