@@ -26,4 +26,4 @@ def fused(words: Found, cosines: Float32[np.ndarray, " n"], near: Int64[np.ndarr
         is_in = at < len(by_words) and by_words[at] == feature
         return words.why(feature) if is_in else f"meaning: cosine {meaning[feature]:.2f} with its name"
 
-    return Found(np.union1d(by_words, near), total, why, meaning)
+    return Found(np.flatnonzero(total), total, why, meaning)

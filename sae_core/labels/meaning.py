@@ -89,7 +89,7 @@ def write_meaning(model: ModelSettings, features: Features, rows: Sequence[Label
 
 def names(features: Features, rows: Sequence[LabelRow]) -> list[Weighted]:
     """What is said of each feature: its label, else the tokens that it fires on by their shares."""
-    told = features.table().select(["top_tokens", "top_token_shares"]).to_pydict()
+    told = features.columns("top_tokens", "top_token_shares").to_pydict()
     fires = zip(told["top_tokens"], told["top_token_shares"], strict=True)
     return [
         [(row.label, 1.0)] if row.label else _merged(tokens, shares)

@@ -1,7 +1,7 @@
 """What the pages show and the JSON API returns, gathered from the artifacts."""
 
 import re
-from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 from sae_core.artifacts import ArtifactStore
@@ -158,7 +158,7 @@ def overview(atlas: Atlas, slugs: list[str], studies: Studies) -> Overview:
         features=summaries["features"] or {},
         labels=summaries["labels"],
         quality=_quality(summaries["labels"] or {}),
-        lists=list(_lists(atlas)),
+        lists=_lists(atlas),
         stages=[
             *(_stage(store, stage, spec, f"mind-atlas run {study or 'STUDY'} --until {stage}") for stage in VERSIONS),
             *(_stage(store, stage, spec, cure, on_request=True) for stage, cure in _ON_REQUEST.items()),
@@ -166,8 +166,9 @@ def overview(atlas: Atlas, slugs: list[str], studies: Studies) -> Overview:
     )
 
 
-def _lists(atlas: Atlas) -> Iterable[Listed]:
-    """Lists of features worth a look; those that hold none are left out."""
+@lru_cache(4)
+def _lists(atlas: Atlas) -> list[Listed]:
+    """Lists of features worth a look; those that hold none are left out. Kept: some look at every example."""
     scored = "highest score first" if atlas.has_scores else "not scored yet"
     written = atlas.browse(_LISTED, Filters(written=True), "score" if atlas.has_scores else "strength")
     rare = atlas.browse(_LISTED, Filters(alive=True), "rarity")
@@ -180,7 +181,7 @@ def _lists(atlas: Atlas) -> Iterable[Listed]:
         ("Rare", "alive, on the fewest tokens", rare),
         ("Newest", "brought by the last retraining", atlas.newest(_LISTED)),
     ]
-    return (Listed(title=title, about=about, features=hits) for title, about, hits in lists if hits)
+    return [Listed(title=title, about=about, features=hits) for title, about, hits in lists if hits]
 
 
 def _summary(store: ArtifactStore, stage: str, slug: str) -> dict[str, Any] | None:

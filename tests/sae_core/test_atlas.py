@@ -173,6 +173,26 @@ def test_meaning_finds_where_words_find_nothing_and_filters_hold(atlas: Atlas) -
         atlas.search("  ")
 
 
+def test_the_safety_list_has_the_best_feature_of_each_concept_that_was_told_apart(store: ArtifactStore) -> None:
+    rows = [("weapons", "safety", "found", 1, 3, 0.91), ("weapons", "safety", "found", 2, 4, 0.9),
+            ("self_harm", "safety", "stand-in", 1, 5, 0.99), ("deceit", "safety", "not found", 1, 6, 0.55),
+            ("bias", "safety", "no claim", 1, 2, 1.0), ("arabic", "calibration", "found", 1, 1, 1.0),
+            ("power", "safety", "partly", 1, 3, 0.7)]  # fmt: skip
+    columns = dict(zip(("concept", "kind", "status", "rank", "feature", "auc"), zip(*rows, strict=True), strict=True))
+    table = {name: list(values) for name, values in columns.items()}
+    store.make(Recipe("safety", SLUG, 1, {}), lambda draft: write(draft.folder, "audit.parquet", table) or {})
+    hits = Atlas.open(store, SLUG).safety()
+    assert [hit.feature for hit in hits] == [3, 5]
+    assert [hit.why for hit in hits] == [
+        "weapons (found, AUC 0.91); power (partly, AUC 0.70)",
+        "self harm (stand-in, AUC 0.99)",
+    ]
+
+
+def test_before_an_audit_there_is_no_safety_list(atlas: Atlas) -> None:
+    assert atlas.safety() == []
+
+
 def test_without_an_index_of_meaning_words_alone_are_searched(atlas: Atlas) -> None:
     assert [hit.meaning for hit in atlas.search("bridge")] == [None, None]
     before = [(hit.feature, hit.score) for hit in atlas.search("bridge")]
