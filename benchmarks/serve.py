@@ -3,7 +3,8 @@
     python benchmarks/serve.py --features 50000          20 concurrent readers; 1000000 for the whole claim
 
 Prints sizes and a table: feature page, word search, neighbor query (with recall@10 against exact search), memory,
-start to first page, and, where chromium is, the map's first paint. The limits are those at 1,000,000 features.
+start to first page, and, where chromium is, the map's first paint. The limits are those at 1,000,000 features; that of
+the map is for 100,000.
 """
 
 import argparse
@@ -25,10 +26,12 @@ import httpx
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from sae_core.artifacts import ArtifactStore, Recipe
 from sae_core.by_feature import ROW_GROUP
 from sae_core.features.build import _EXAMPLES, _FEATURES, _lists
+from sae_core.labels.meaning import write_index
 from sae_core.labels.reader import SCHEMA
 from sae_core.neighbor_index import INDEX, NeighborIndex
 from sae_core.neighbors import _table, build_index, nearest, recall
@@ -42,6 +45,7 @@ LIMITS = {
     "feature page, p95 ms": 50.0, "word search, p95 ms": 150.0, "neighbor query, p95 ms": 20.0,
     "memory, GB": 4.0, "start to first page, s": 5.0, "map, first paint, s": 2.0,
 }  # fmt: skip
+LEAST = {"recall@10": 0.95}
 
 
 def main() -> None:
@@ -51,7 +55,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=400, help="of each kind")
     parser.add_argument("--home", type=Path, help="keep the synthetic atlas here, and use it again")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds that a reader reads before asking again")
-    parser.add_argument("--no-neighbors", action="store_true", help="make no index of neighbors, which takes longest")
+    parser.add_argument(
+        "--no-neighbors", action="store_true", help="make no index of neighbors, nor of meaning, which take longest"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         store = ArtifactStore(options.home or Path(scratch))
@@ -83,6 +89,12 @@ def make(store: ArtifactStore, slug: str, n: int, with_neighbors: bool = True) -
         blank = {f.name: pa.nulls(n, f.type) for f in SCHEMA if f.name not in columns}
         table = pa.table({f.name: (columns | blank)[f.name] for f in SCHEMA}, SCHEMA)
         pq.write_table(table, draft.folder / "labels.parquet", row_group_size=ROW_GROUP)
+        if with_neighbors:
+            known = [word.strip() for word in words.to_pylist()]
+            tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, known[0]))
+            tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+            vectors = rng.standard_normal((len(words), D_MODEL), np.float32)
+            write_index(vectors, tokenizer, [[(name, 1.0)] for name in names], draft.folder)
         return {}
 
     def neighbors(draft: Any) -> dict[str, Any]:
@@ -291,8 +303,9 @@ def show(found: dict[str, float]) -> None:
     """The table, with the load of the machine: beside other work, times are upper bounds."""
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     for name, value in found.items():
-        limit = LIMITS.get(name)
-        told = "" if limit is None else f"limit {limit:g}: {'met' if value <= limit else 'not met'}"
+        limit, least = LIMITS.get(name), LEAST.get(name)
+        told = "" if limit is None else f"at most {limit:g}: {'met' if value <= limit else 'not met'}"
+        told = told if least is None else f"at least {least:g}: {'met' if value >= least else 'not met'}"
         print(f"{name:28} {value:10.3f}   {told}")
 
 

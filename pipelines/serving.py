@@ -62,7 +62,7 @@ def _presets(steered: Sequence[str], atlas: Atlas) -> dict[str, tuple[Steer, ...
         if not name.strip() or not equals:
             raise SteeringError(f"{text!r}: write NAME=FEATURE:STRENGTH, as in golden-gate=1234:10")
         presets[name.strip()] = parse_steers(steers)
-    maxima = atlas.features.table()["max_act"].to_numpy()
+    maxima = atlas.features.columns("max_act")["max_act"].to_numpy()
     for name, found in presets.items():
         try:
             check_steers(found, maxima)

@@ -142,7 +142,7 @@ class Steering:
 
 def max_acts(atlas: Atlas) -> Float[Tensor, " d_sae"]:
     """The largest activation of each feature over the corpus."""
-    return torch.tensor(atlas.features.table()["max_act"].to_numpy())
+    return torch.tensor(atlas.features.columns("max_act")["max_act"].to_numpy())
 
 
 class _Part:

@@ -49,3 +49,9 @@ def test_what_every_process_loads_is_light(module: str):
     code = f"import {module}, sys; print([m for m in {HEAVY} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_server_starts_without_torch():
+    code = "import sae_core.serve, sys; print([m for m in ('torch', 'transformers', 'dagster') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -18,8 +18,6 @@ from sae_core.artifacts import require_space, write_atomically
 from sae_core.corpus.documents import CorpusError, Document, Skipped, read_documents
 from sae_core.corpus.packing import Packer
 from sae_core.corpus.reader import ROW_GROUP, SCHEMA
-from sae_core.language_model import load_tokenizer
-from sae_core.pretrained import expected_bos
 from sae_core.progress import Report, silent
 from sae_core.study import CorpusSettings, ModelSettings, Source
 
@@ -90,16 +88,19 @@ def build_corpus(
         CorpusError: a source gives no document, or a split would be empty.
         MindAtlasError: a source or the model cannot be found or fetched; the disk is full.
     """
+    from sae_core.pretrained import expected_bos, load_tokenizer  # torch, which reading a corpus does without
+
     require_space(folder, settings.tokens * _BYTES_PER_TOKEN)
-    return _Builder(settings, load_tokenizer(model, report), folder, report).build()
+    tokenizer = load_tokenizer(model, report)
+    return _Builder(settings, tokenizer, expected_bos(tokenizer), folder, report).build()
 
 
 class _Builder:
-    def __init__(self, settings: CorpusSettings, tokenizer: Any, folder: Path, report: Report) -> None:
+    def __init__(self, settings: CorpusSettings, tokenizer: Any, bos: int | None, folder: Path, report: Report) -> None:
         if not tokenizer.is_fast:
             raise CorpusError("the model has no fast tokenizer (tokenizer.json): choose a model that has one")
         self.settings, self.tokenizer, self.folder, self.report = settings, tokenizer, folder, report
-        self.bos = expected_bos(tokenizer)
+        self.bos = bos
         self.packers = {split: Packer(settings.block_tokens, self.bos) for split in ("train", "held_out")}
         self.documents = dict.fromkeys(self.packers, 0)
         self.tokens = dict.fromkeys(self.packers, 0)

@@ -98,6 +98,10 @@ def build_labels(
     with write_atomically(folder / LABELS) as path:
         table = pa.Table.from_pylist([asdict(row) for row in rows], SCHEMA)
         pq.write_table(table, path, row_group_size=ROW_GROUP)
+    if ground:
+        from sae_core.labels.meaning import write_meaning
+
+        write_meaning(ground.model, source, rows, folder)
     return _summary(source, settings, rows) | summary | {"n_carried": len(carried)}
 
 

@@ -4,6 +4,7 @@
     door        who may come in, how much they may send, and the headers of every answer
     shelf       the open atlases; one that was made anew is opened again
     render      templates, and how tokens and numbers are shown
+    shapes      what both tell, field by field; `views` gathers it
     pages       the pages
     api         the JSON API (`/api/openapi.json`)
     live        the language model, one for all: who asks takes turns (`turns`, `streams`)

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import Field
 
 from sae_core.atlas import ExplainedToken
-from sae_core.serve import views
+from sae_core.serve import shapes, views
 from sae_core.serve.live import MAX_CHARACTERS, Live
 from sae_core.serve.search import Question, found, question
 from sae_core.serve.shelf import ChosenAtlas, Shelf
@@ -22,7 +22,7 @@ router = APIRouter(prefix="/api", tags=["atlas"], responses={404: {"description"
 Asked = Annotated[Question, Depends(question)]
 
 
-class TextQuestion(views.View):
+class TextQuestion(shapes.View):
     """A text that the live model is to read."""
 
     text: str = Field(max_length=MAX_CHARACTERS)
@@ -41,32 +41,32 @@ def dictionaries(request: Request) -> list[str]:
 
 
 @router.get("/overview")
-def overview(request: Request, atlas: ChosenAtlas) -> views.Overview:
+def overview(request: Request, atlas: ChosenAtlas) -> shapes.Overview:
     """What an atlas is of, how good it is, and what it does not have yet."""
     shelf: Shelf = request.app.state.shelf
     return views.overview(atlas, shelf.slugs(), request.app.state.live.studies)
 
 
 @router.get("/features/{dictionary}/{feature}")
-def feature(atlas: ChosenAtlas, feature: int) -> views.FeatureView:
+def feature(atlas: ChosenAtlas, feature: int) -> shapes.FeatureView:
     """One feature with everything about it."""
     return views.feature_view(atlas, feature)
 
 
 @router.get("/features/{dictionary}/{feature}/together")
-def together(atlas: ChosenAtlas, feature: int) -> list[views.Together]:
+def together(atlas: ChosenAtlas, feature: int) -> list[shapes.Together]:
     """Features that are seen at their strongest where this one fires, in the examples that are kept."""
     return views.together(atlas, feature)
 
 
 @router.get("/search")
-def search(atlas: ChosenAtlas, asked: Asked) -> views.SearchView:
+def search(atlas: ChosenAtlas, asked: Asked) -> shapes.SearchView:
     """Features by words, in labels, tokens and examples; or, without words, by filters alone."""
     return found(atlas, asked)
 
 
 @router.get("/documents/{corpus}/{document}")
-def document(request: Request, corpus: str, document: int) -> views.DocumentView:
+def document(request: Request, corpus: str, document: int) -> shapes.DocumentView:
     """A document of a corpus."""
     return views.document_view(request.app.state.shelf.store, corpus, document)
 

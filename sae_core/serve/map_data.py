@@ -124,7 +124,7 @@ class MapData:
 
     def _cluster_names(self) -> dict[int, str]:
         database = duckdb.connect()
-        database.register("features", self._features.table().select(["feature", "top_tokens", "top_token_shares"]))
+        database.register("features", self._features.columns("feature", "top_tokens", "top_token_shares"))
         database.register("places", pa.table({name: self.columns[name] for name in ("feature", "cluster")}))
         found = database.execute(_CLUSTER_NAMES, [_NAME_WORDS]).fetchall()
         return {cluster: " · ".join(words).replace("\n", "⏎") for cluster, words in found}
@@ -136,14 +136,14 @@ class MapData:
         rows = rows[np.argsort(z_order(place["x"][rows], place["y"][rows]), kind="stable")]
         columns = {name: column[rows] for name, column in place.items()}
         feature = columns["feature"]
-        columns["density"] = self._features.table()["density"].to_numpy()[feature].astype(np.float32)
+        columns["density"] = self._features.columns("density")["density"].to_numpy()[feature].astype(np.float32)
         columns["score"] = self._scores()[feature].astype(np.float32)
         return columns
 
     def _scores(self) -> Float64[np.ndarray, " d_sae"]:
         """How far to believe each label; NaN where it has no score."""
         if self._labels is None or "scores" not in self._labels.column_names:
-            return np.full(self._features.table().num_rows, np.nan)
+            return np.full(len(self._features), np.nan)
         database = duckdb.connect()
         database.register("labels", self._labels)
         found = database.execute(

@@ -5,7 +5,7 @@ from typing import Annotated, NamedTuple
 from fastapi import Query
 
 from sae_core.atlas import SORTS, Atlas, Filters, SearchError
-from sae_core.serve.views import SearchView
+from sae_core.serve.shapes import SearchView
 
 MAX_QUERY = 500  # characters
 PAGE = 30
@@ -64,6 +64,7 @@ def found(atlas: Atlas, asked: Question) -> SearchView:
         hits=hits[: asked.limit],
         more=len(hits) > asked.limit,
         offset=asked.offset,
+        by_meaning=bool(asked.words.strip()) and atlas.has_meaning,
     )
 
 

@@ -102,7 +102,7 @@ def _told(page: str) -> str:
 
 def _chosen(atlas: Atlas, limit: int | None) -> list[int]:
     """Features with pages, in order; with a limit, those with a written label before the others."""
-    every = range(atlas.features.table().num_rows)
+    every = range(len(atlas.features))
     if limit is None:
         return [*every]
     labels = atlas.store.manifest("labels", atlas.dictionary) and atlas.store.get("labels", atlas.dictionary)
@@ -142,7 +142,7 @@ def _data(atlas: Atlas) -> Iterator[str]:
 
 def _index(atlas: Atlas, features: list[int]) -> list[dict[str, Any]]:
     """What the search in the browser looks through."""
-    rows = atlas.features.table().select(["density", "top_tokens", "promoted"]).take(features).to_pylist()
+    rows = atlas.features.columns("density", "top_tokens", "promoted").take(features).to_pylist()
     return [
         {"feature": feature, "label": atlas.name(feature), "density": row["density"],
          "tokens": " ".join(map(str.strip, [*row["top_tokens"], *row["promoted"]]))}

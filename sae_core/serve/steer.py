@@ -15,10 +15,10 @@ from sae_core.atlas import Atlas
 from sae_core.errors import MindAtlasError
 from sae_core.serve.live import MAX_CHARACTERS, Live, LiveError
 from sae_core.serve.render import page
+from sae_core.serve.shapes import SteeredFeature, SteeredToken
 from sae_core.serve.shelf import ChosenAtlas, Shelf
 from sae_core.serve.streams import EventStream, SteerField, event, next_item
 from sae_core.serve.turns import Stream
-from sae_core.serve.views import SteeredFeature, SteeredToken
 from sae_core.steers import ABSURD, Method, Scope, Steer, cautions
 
 if TYPE_CHECKING:

@@ -1,265 +1,45 @@
-"""What the pages show and the JSON API returns: one shape for both, gathered from the artifacts."""
+"""What the pages show and the JSON API returns, gathered from the artifacts."""
 
 import re
-from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from sae_core.artifacts import ArtifactStore
-from sae_core.atlas import Ancestor, Atlas, Filters, Hit
+from sae_core.atlas import Atlas, Filters
 from sae_core.corpus import Corpus
 from sae_core.display import shown_bytes
 from sae_core.errors import MindAtlasError
 from sae_core.features import Example, FeatureRow
 from sae_core.names import DictionarySpec
+from sae_core.serve.shapes import (
+    DocumentView,
+    FeatureView,
+    Label,
+    Level,
+    Listed,
+    Marked,
+    Near,
+    Overview,
+    Passage,
+    Quality,
+    Score,
+    Stage,
+    Together,
+)
 from sae_core.serve.shelf import slug_of
 from sae_core.stages import VERSIONS
 from sae_core.studies import Studies
-
-
-class View(BaseModel):
-    """Base of all that is shown; the string under a field is its description in the API."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
 
 class NotFoundError(MindAtlasError):
     """Something asked for by number or name that is not there."""
 
 
-class Named(View):
-    """A feature, as another one's page lists it."""
-
-    feature: int
-    label: str
-    """Its label; the lexical one where no label was written, empty before labels are made."""
-
-
-class Near(Named):
-    """A feature whose decoder row points a similar way."""
-
-    cosine: float
-    """Cosine of the two decoder rows, -1 to 1."""
-
-
-class Together(Named):
-    """A feature that was seen at its strongest where this one fires."""
-
-    tokens: int
-    """Tokens that are the peak of one of its examples and on which this feature fires too."""
-
-
-class Score(View):
-    """How well a label predicts where its feature fires."""
-
-    name: str
-    value: float
-    low: float | None = None
-    high: float | None = None
-    """Ends of its interval."""
-    control: float | None = None
-    """The same score of a label that has nothing to do with the feature."""
-
-
-class Label(View):
-    """A feature's label, and where it comes from."""
-
-    label: str
-    """Empty where none was written."""
-    lexical: str
-    """The name made without a language model."""
-    description: str
-    kind: str
-    """What explains the feature: `input`, `output`, `both`, `unclear`; empty where no label was written."""
-    status: str
-    """`written`, `failed`, `lexical` (not asked for), `dead`."""
-    confidence: float | None
-    """The label writer's own, 0 to 1."""
-    model: str
-    """Who wrote it."""
-    prompt_version: str
-    error: str
-    """Why it failed."""
-    scores: list[Score]
-    beats_control: bool | None
-    """Whether it does better than another feature's label, on text that its writer did not see; null: not scored."""
-
-
-class Passage(View):
-    """A stretch of text in which a feature fires."""
-
-    act: float
-    """Activation at the peak."""
-    tokens: list[str]
-    acts: list[float]
-    """Activation on each token."""
-    peak: int
-    """The peak's place in `tokens`."""
-    kind: str
-    """`top`: one of the strongest; `level`: drawn at random from its level; `silent`: a counter-example."""
-    document: int
-    position: int
-    """The peak's place among the document's tokens."""
-    source: str
-    title: str
-    language: str
-
-
-class Level(View):
-    """Examples of one range of activations."""
-
-    low: float
-    high: float
-    """The range, as shares of the feature's maximum: above `low`, up to `high`."""
-    share: float
-    """Share of all firings that lie in it."""
-    examples: list[Passage]
-
-
-class FeatureView(View):
-    """One feature with everything about it. What a stage that is not made yet would tell is null or empty."""
-
-    dictionary: str
-    corpus: str
-    name: str
-    """The label; the lexical one where no label was written."""
-    row: FeatureRow
-    label: Label | None
-    levels: list[Level]
-    """From the strongest activations down to near zero."""
-    counter_examples: list[Passage]
-    """Text with the tokens that it fires on most, in which it does not fire (`silent`); then examples in which it fires
-    most strongly on another token than those. Empty where no sample of the corpus is kept and there are none."""
-    neighbors: list[Near]
-    cluster: int | None
-    """On the map; -1 is none, null before the map is made."""
-    output_score: float | None
-    """How far the tokens that it promotes climb in rank when it is turned up; null where it was not measured."""
-    suggested_strength: float | None
-    """The largest strength, in units of its maximum, at which its texts stayed fluent; null: none was looked for."""
-    role: str
-    """`output` when turning it up does more than random directions do, else `input`; empty where not measured."""
-    history: list[Ancestor]
-    """What became of it from one retraining to the next, newest first."""
-    previous: int | None
-    next: int | None
-
-
-class SteeredFeature(Named):
-    """A feature, as one who steers it wants to know it."""
-
-    is_dead: bool
-    """It never fires on the corpus, and cannot be steered."""
-    max_act: float
-    """Its largest activation over the corpus: the unit of strengths."""
-    strength: float
-    """One to begin with."""
-    suggested_strength: float | None
-    """The largest at which its texts stayed fluent; null where none was looked for."""
-    output_score: float | None
-    """How far the tokens that it promotes climb in rank when it is turned up; null where it was not measured."""
-    role: str
-    """`output` where that is more than random directions do, else `input`; empty where it was not measured."""
-
-
-class SteeredToken(View):
-    """A token of one of the answers that are written beside each other."""
-
-    column: str
-    """`default`, `steered`, or `words`: asked in words for what is turned up."""
-    text: str
-    """What can be shown now; empty while a character is not whole."""
-    logprob: float
-    """Natural logarithm of its probability."""
-    finish: str
-    """`stop` or `length` of the last; empty when more follow."""
-    before: list[float]
-    """What each steered feature had on the token before, before anything was done to it."""
-
-
-class SearchView(View):
-    """Features that a search found, the best first."""
-
-    dictionary: str
-    query: str
-    hits: list[Hit]
-    more: bool
-    """Whether there are more after these."""
-    offset: int
-
-
-class DocumentView(View):
-    """A document of a corpus."""
-
-    corpus: str
-    document: int
-    title: str
-    source: str
-    language: str
-    kind: str
-    license: str
-    split: str
-    n_tokens: int
-    text: str
-
-
-class Marked(View):
-    """An example in its document."""
-
-    before: str
-    after: str
-    """The document's text around it."""
-    passage: Passage
-    dictionary: str
-    feature: int
-    name: str
-    max_act: float
-
-
-class Stage(View):
-    """A stage of the atlas."""
-
-    stage: str
-    made: bool
-    made_at: str
-    """UTC; empty where it is not made."""
-    cure: str
-    """The command that makes it."""
-
-
-class Listed(View):
-    """A list of features worth a look."""
-
-    title: str
-    about: str
-    features: list[Hit]
-
-
-class Overview(View):
-    """What an atlas is of, how good it is, and what it does not have yet."""
-
-    dictionary: str
-    dictionaries: list[str]
-    study: str
-    """Empty where no known study asks for this dictionary."""
-    description: str
-    model: str
-    hook: str
-    layer: int
-    architecture: str
-    corpus: dict[str, Any]
-    """Summary of the corpus: documents, tokens, sources with their licenses."""
-    health: dict[str, float]
-    """Numbers of the dictionary on held-out text: fvu, l0, dead, delta_ce, ce_recovered."""
-    features: dict[str, Any]
-    """Summary of the features: n_features, n_alive, n_dense, median_density."""
-    labels: dict[str, Any] | None
-    """Summary of the labels: n_labeled, n_failed, model; null before they are made."""
-    lists: list[Listed]
-    stages: list[Stage]
-
-
+_ON_REQUEST = {
+    "steering_report": "mind-atlas steering-report", "safety": "mind-atlas audit",
+    "multilingual": "mind-atlas multilingual",
+}  # fmt: skip
+"""Stages that are no part of an atlas, and the commands that make them."""
 _HEALTH = ("fvu", "l0", "dead", "delta_ce", "ce_recovered")
 _LISTED = 8
 _COUNTER = 3  # counter-examples of each sort
@@ -291,7 +71,7 @@ def feature_view(atlas: Atlas, feature: int) -> FeatureView:
 
 def _label(row: dict[str, Any]) -> Label:
     """The label, from its row; columns that are not there yet are passed over."""
-    texts = ("label", "lexical", "description", "kind", "status", "model", "prompt_version", "error")
+    texts = ("label", "lexical", "description", "kind", "status", "model", "prompt_version", "made_at", "error")
     return Label(
         **{name: row.get(name) or "" for name in texts},
         confidence=row.get("confidence"),
@@ -377,25 +157,31 @@ def overview(atlas: Atlas, slugs: list[str], studies: Studies) -> Overview:
         health={key: (summaries["dictionary"] or {})[key] for key in _HEALTH if key in (summaries["dictionary"] or {})},
         features=summaries["features"] or {},
         labels=summaries["labels"],
-        lists=list(_lists(atlas)),
-        stages=[_stage(store, stage, slug_of(spec, stage), study or "STUDY") for stage in VERSIONS],
+        quality=_quality(summaries["labels"] or {}),
+        lists=_lists(atlas),
+        stages=[
+            *(_stage(store, stage, spec, f"mind-atlas run {study or 'STUDY'} --until {stage}") for stage in VERSIONS),
+            *(_stage(store, stage, spec, cure, on_request=True) for stage, cure in _ON_REQUEST.items()),
+        ],
     )
 
 
-def _lists(atlas: Atlas) -> Iterable[Listed]:
-    """Lists of features worth a look; those that hold none are left out."""
+@lru_cache(4)
+def _lists(atlas: Atlas) -> list[Listed]:
+    """Lists of features worth a look; those that hold none are left out. Kept: some look at every example."""
     scored = "highest score first" if atlas.has_scores else "not scored yet"
     written = atlas.browse(_LISTED, Filters(written=True), "score" if atlas.has_scores else "strength")
     rare = atlas.browse(_LISTED, Filters(alive=True), "rarity")
     lists = [
         ("Labeled by a model", scored, written),
+        ("Safety", "what the audit points to, concept by concept", atlas.safety(_LISTED)),
         ("Multilingual", "strongest examples spread over languages", atlas.multilingual(_LISTED)),
         ("Strongest", "largest activations", atlas.browse(_LISTED, sort="strength")),
         ("Always on", "fire on the most tokens", atlas.browse(_LISTED, sort="density")),
         ("Rare", "alive, on the fewest tokens", rare),
         ("Newest", "brought by the last retraining", atlas.newest(_LISTED)),
     ]
-    return (Listed(title=title, about=about, features=hits) for title, about, hits in lists if hits)
+    return [Listed(title=title, about=about, features=hits) for title, about, hits in lists if hits]
 
 
 def _summary(store: ArtifactStore, stage: str, slug: str) -> dict[str, Any] | None:
@@ -403,10 +189,21 @@ def _summary(store: ArtifactStore, stage: str, slug: str) -> dict[str, Any] | No
     return manifest.summary if manifest else None
 
 
-def _stage(store: ArtifactStore, stage: str, slug: str, study: str) -> Stage:
-    manifest = store.manifest(stage, slug)
-    cure = f"mind-atlas run {study} --until {stage}"
-    return Stage(stage=stage, made=manifest is not None, made_at=manifest.made_at if manifest else "", cure=cure)
+def _quality(summary: dict[str, Any]) -> list[Quality]:
+    """The scores of all labels, in the mean."""
+    found = []
+    for name, scores in (summary.get("scores") or {}).items():
+        values, controls = ([x for x in scores.get(key, []) if x is not None] for key in ("score", "shuffled"))
+        if values:
+            control = sum(controls) / len(controls) if controls else None
+            found.append(Quality(name=name, labels=len(values), value=sum(values) / len(values), control=control))
+    return found
+
+
+def _stage(store: ArtifactStore, stage: str, spec: DictionarySpec, cure: str, on_request: bool = False) -> Stage:
+    manifest = store.manifest(stage, slug_of(spec, stage))
+    made_at = manifest.made_at if manifest else ""
+    return Stage(stage=stage, made=manifest is not None, made_at=made_at, cure=cure, on_request=on_request)
 
 
 def together(atlas: Atlas, feature: int) -> list[Together]:

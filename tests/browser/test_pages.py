@@ -9,7 +9,10 @@ from playwright.sync_api import Browser, Page, expect
 from sae_core.artifacts import ArtifactStore
 from sae_core.atlas import Atlas
 
-ADDRESSES = ("/", "/search?q=bridge", "{}/5", "/text?text=The+old+bridge&feature=5", "/d/tiny/3", "/nowhere")
+ADDRESSES = (
+    "/", "/search?q=bridge", "{}/5", "{}/5/together", "/near{}/5", "/map", "/map?color=density&q=bridge", "/steer",
+    "/text?text=The+old+bridge&feature=5", "/d/tiny/3", "/nowhere",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +75,10 @@ def test_every_page_is_accessible_and_fits_a_phone(chromium: Browser, server: st
     context = chromium.new_context(base_url=server, color_scheme=theme, viewport={"width": 390, "height": 844})
     page = context.new_page()
     for address in ADDRESSES:
-        page.goto(address.format(features))
+        page.goto(address.format(features).replace("/near/f/", "/near/"))
+        if address.startswith("/map"):
+            page.wait_for_selector("#map[data-ready]")
+            page.wait_for_selector("#map-list li" if "q=" in address else "#map-points")
         found = Axe().run(page)
         assert found.violations_count == 0, f"{address}: {found.generate_report()}"
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, address

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -138,6 +139,64 @@ def test_several_words_rank_the_feature_that_has_them_all_first(atlas: Atlas) ->
     assert features(atlas, "RUSSIAN bridge")[0] == 3
     assert features(atlas, "golden gate")[0] == 0
     assert features(atlas, "gate golden")[0] == 0
+
+
+def with_meaning(atlas: Atlas, near: list[tuple[float, int]]) -> Atlas:
+    """The atlas with an index of meaning that finds the same, whatever is asked."""
+
+    class Found:
+        def find(self, query: str) -> tuple[np.ndarray, np.ndarray]:
+            cosines, features = zip(*near, strict=True) if near else ((), ())
+            return np.array(cosines, np.float32), np.array(features, np.int64)
+
+    atlas.__dict__["_meaning"] = Found()
+    return atlas
+
+
+def test_what_words_and_meaning_find_comes_before_what_one_of_them_finds(atlas: Atlas) -> None:
+    by_words = features(atlas, "bridge")
+    assert by_words == [0, 3]
+    hits = with_meaning(atlas, [(0.9, 1), (0.5, 3)]).search("bridge")
+    assert [hit.feature for hit in hits] == [3, 0, 1]  # 1/62 + 1/62, then 1/61 twice, the lower number first
+    assert [hit.meaning for hit in hits] == [pytest.approx(0.5), None, pytest.approx(0.9)]
+    assert hits[0].why.startswith("label: ")
+    assert hits[2].why == "meaning: cosine 0.90 with its name"
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+
+
+def test_meaning_finds_where_words_find_nothing_and_filters_hold(atlas: Atlas) -> None:
+    assert features(atlas, "viaduct") == []
+    with_meaning(atlas, [(0.8, 7), (0.6, 0)])
+    assert features(atlas, "viaduct") == [7, 0]
+    assert features(atlas, "viaduct", filters=Filters(alive=True)) == [0]
+    with pytest.raises(SearchError, match="no word"):
+        atlas.search("  ")
+
+
+def test_the_safety_list_has_the_best_feature_of_each_concept_that_was_told_apart(store: ArtifactStore) -> None:
+    rows = [("weapons", "safety", "found", 1, 3, 0.91), ("weapons", "safety", "found", 2, 4, 0.9),
+            ("self_harm", "safety", "stand-in", 1, 5, 0.99), ("deceit", "safety", "not found", 1, 6, 0.55),
+            ("bias", "safety", "no claim", 1, 2, 1.0), ("arabic", "calibration", "found", 1, 1, 1.0),
+            ("power", "safety", "partly", 1, 3, 0.7)]  # fmt: skip
+    columns = dict(zip(("concept", "kind", "status", "rank", "feature", "auc"), zip(*rows, strict=True), strict=True))
+    table = {name: list(values) for name, values in columns.items()}
+    store.make(Recipe("safety", SLUG, 1, {}), lambda draft: write(draft.folder, "audit.parquet", table) or {})
+    hits = Atlas.open(store, SLUG).safety()
+    assert [hit.feature for hit in hits] == [3, 5]
+    assert [hit.why for hit in hits] == [
+        "weapons (found, AUC 0.91); power (partly, AUC 0.70)",
+        "self harm (stand-in, AUC 0.99)",
+    ]
+
+
+def test_before_an_audit_there_is_no_safety_list(atlas: Atlas) -> None:
+    assert atlas.safety() == []
+
+
+def test_without_an_index_of_meaning_words_alone_are_searched(atlas: Atlas) -> None:
+    assert [hit.meaning for hit in atlas.search("bridge")] == [None, None]
+    before = [(hit.feature, hit.score) for hit in atlas.search("bridge")]
+    assert [(hit.feature, hit.score) for hit in with_meaning(atlas, []).search("bridge")] == before
 
 
 def test_a_word_is_found_in_any_script_case_and_field(atlas: Atlas) -> None:

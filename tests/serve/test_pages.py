@@ -1,6 +1,7 @@
 """The pages and the JSON API on a real (tiny) atlas, read as a browser without JavaScript reads them."""
 
 import html
+import json
 import re
 import shutil
 from dataclasses import asdict
@@ -261,8 +262,9 @@ def test_the_overview_tells_health_and_what_is_made(client: TestClient, atlas: A
     summary = atlas.store.get("dictionary", atlas.dictionary).manifest.summary
     assert told["health"]["fvu"] == summary["fvu"]
     assert told["study"] == "tiny"
-    missing = [stage["cure"] for stage in told["stages"] if not stage["made"]]
-    assert missing == []
+    missing = {stage["cure"]: stage["on_request"] for stage in told["stages"] if not stage["made"]}
+    assert all(missing.values())
+    assert "mind-atlas audit" in missing
     page = read(client.get("/").text).text
     assert f"{summary['fvu']:.3f}" in page
     assert "not yet:" not in page
@@ -336,6 +338,36 @@ def test_scores_are_shown_when_labels_have_them(tiny_atlas: Path, atlas: Atlas, 
         assert "no better than another's label" in client.get(path(atlas, 40)).text.replace("&#39;", "'")
         best = client.get("/api/search?min_score=0.6&sort=score").json()["hits"]
         assert [hit["feature"] for hit in best] == [63, 62, 61, 60]
+
+
+def test_the_overview_tells_scores_of_labels_beside_those_of_others(tiny_atlas: Path, atlas: Atlas, tmp_path: Path):
+    store = copy(tiny_atlas, tmp_path)
+    file = store.root / "labels" / atlas.dictionary / "manifest.json"
+    told = json.loads(file.read_text("utf-8"))
+    told["summary"]["scores"] = {"detection": {"score": [0.9, 0.7, None], "shuffled": [0.5, 0.5, None], "lexical": []}}
+    file.write_text(json.dumps(told), "utf-8")
+    with open_client(store) as client:
+        quality = client.get("/api/overview").json()["quality"]
+        assert quality == [{"name": "detection", "labels": 2, "value": pytest.approx(0.8), "control": 0.5}]
+        assert "0.500 for another feature's label" in read(client.get("/").text).text
+
+
+def test_a_search_says_whether_meaning_was_searched_and_why_a_hit_was_found(
+    client: TestClient, tiny_atlas: Path, atlas: Atlas, tmp_path: Path
+):
+    found = client.get("/api/search?q=bridge").json()
+    assert found["by_meaning"]
+    near = [hit for hit in found["hits"] if hit["meaning"] is not None]
+    assert near
+    assert all(hit["why"] for hit in found["hits"])
+    page = read(client.get("/search?q=bridge").text).text
+    assert "by words and by meaning" in page
+    assert "meaning: " in page
+    with open_client(copy(tiny_atlas, tmp_path, "meaning.faiss")) as plain:
+        found = plain.get("/api/search?q=bridge").json()
+        assert not found["by_meaning"]
+        assert all(hit["meaning"] is None for hit in found["hits"])
+        assert "Found by words" in read(plain.get("/search?q=bridge").text).text
 
 
 def test_a_stage_made_anew_is_shown_without_a_restart(tiny_atlas: Path, atlas: Atlas, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,14 @@ COLUMNS = {
     "release": """name visibility isNewUi featured description descriptionShort urls creatorEmail creatorName
         creatorNameShort creatorId defaultSourceId defaultUmapSourceIds createdAt""",
 }
+SAEDASHBOARD = """model_id layer sae_set sae_id_suffix feature_index neuron_alignment_indices neuron_alignment_values
+    neuron_alignment_l1 correlated_neurons_indices correlated_neurons_pearson correlated_neurons_l1
+    correlated_features_indices correlated_features_pearson correlated_features_l1 neg_str neg_values pos_str pos_values
+    frac_nonzero freq_hist_data_bar_values freq_hist_data_bar_heights logits_hist_data_bar_values
+    logits_hist_data_bar_heights n_prompts_total n_tokens_in_prompt dataset decoder_weights_dist vector activations
+    bin_min bin_max bin_contains tokens values qualifying_token_index dfa_values dfa_maxValue dfa_targetIndex
+    log_sparsity skipped_indexes"""
+"""Fields of SAEDashboard 0.8's `batch-N.json` and `skipped_indexes.json`."""
 BATCHED = ("features", "activations", "explanations")
 EMPTY = ([], None, False, 0, "")
 
@@ -71,6 +80,15 @@ def test_rows_have_the_tables_columns_and_no_other(table: str, rows: dict[str, l
 def test_what_is_not_listed_as_unfilled_is_filled(table: str, rows: dict[str, list[dict[str, Any]]]) -> None:
     unfilled = {name for name in rows[table][0] if all(row[name] in EMPTY for row in rows[table])}
     assert unfilled - {"instruct"} == set(neuronpedia.UNFILLED[table])  # the tiny model is no chat model
+
+
+def test_the_page_on_it_tells_where_every_field_is_and_why_some_are_empty() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "neuronpedia.md").read_text("utf-8")
+    fields, _, empty = page.partition("## What stays empty")
+    assert [name for name in SAEDASHBOARD.split() if f"`{name}" not in fields] == []
+    for table, reasons in neuronpedia.UNFILLED.items():
+        rows = [line.split("|")[2] for line in empty.splitlines() if line.startswith(f"| {table} |")]
+        assert {name for row in rows for name in re.findall("`(.+?)`", row)} == {*reasons}
 
 
 def test_a_written_label_is_an_explanation(atlas: Atlas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
