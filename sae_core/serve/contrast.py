@@ -13,9 +13,9 @@ from sae_core.atlas import Atlas
 from sae_core.errors import MindAtlasError
 from sae_core.serve.live import MAX_CHARACTERS, Live, LiveError
 from sae_core.serve.render import page
+from sae_core.serve.shapes import Named, Near, View
 from sae_core.serve.shelf import ChosenAtlas, Shelf
 from sae_core.serve.streams import in_time
-from sae_core.serve.views import Named, Near, View
 
 router = APIRouter()
 

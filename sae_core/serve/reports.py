@@ -10,8 +10,9 @@ from sae_core.artifacts import Made
 from sae_core.atlas import Atlas
 from sae_core.safety.words import CAVEATS
 from sae_core.serve.render import page
+from sae_core.serve.shapes import View
 from sae_core.serve.shelf import ChosenAtlas
-from sae_core.serve.views import NotFoundError, View
+from sae_core.serve.views import NotFoundError
 from sae_core.stages import report_of
 
 router = APIRouter(responses={404: {"description": "There is no such thing, or the report was not made yet."}})
