@@ -21,7 +21,7 @@ from sae_core.study import CorpusSettings, DictionarySettings, LabelSettings, Mo
 
 VERSIONS = {
     "corpus": 1, "activations": 1, "dictionary": 2, "features": 2, "neighbors": 1, "feature_map": 1, "steering": 1,
-    "labels": 4, "atlas": 1,
+    "labels": 5, "atlas": 1,
 }  # fmt: skip
 
 ON_DEMAND = {"steering_report": 2, "safety": 1, "multilingual": 1}

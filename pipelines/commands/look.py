@@ -48,6 +48,32 @@ def features(words: tuple[str, ...], limit: int, study: str, dictionary: str, js
 
 
 @click.command()
+@click.option("--limit", default=10, show_default=True, type=click.IntRange(2), help="Labels shown, good and bad.")
+@click.option("--labeler", default="current", show_default=True, help="Whose labels, where there are several.")
+@click.option("--against", default="", metavar="LABELER", help="Feature by feature beside what another one wrote.")
+@chosen
+@as_json
+def labels(limit: int, labeler: str, against: str, study: str, dictionary: str, json_: bool) -> None:
+    """Who wrote labels, and the best and the worst of them with scores and controls."""
+    from pipelines.console import print_json
+    from pipelines.summary import extremes, show_compared, show_extremes
+    from sae_core.labels.labelers import compare, labelers, open_labels
+
+    atlas = open_atlas(study, dictionary)
+    folder = atlas.store.get("labels", atlas.dictionary).folder
+    rows = open_labels(folder, labeler).rows()
+    if against:
+        pairs = compare(rows, open_labels(folder, against).rows())
+        print_json([pair._asdict() for pair in pairs]) if json_ else show_compared(pairs, limit)
+        return
+    known, some = labelers(folder), extremes(rows, atlas.features, limit)
+    if json_:
+        print_json({"labelers": [one._asdict() for one in known], "labels": some})
+    else:
+        show_extremes(known, some)
+
+
+@click.command()
 @click.argument("number", type=int)
 @click.option("--examples", default=8, show_default=True, type=click.IntRange(0), help="Examples shown.")
 @chosen

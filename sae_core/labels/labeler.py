@@ -103,7 +103,7 @@ class Labeler:
                 return self._paid(outcome, failure.usage)._replace(error=str(failure))
             self._failures, self._answered = 0, self._answered or not completion.cached
             outcome = self._read(outcome, completion)
-            self._note(feature, turn, completion.usage, outcome.error, **completion._asdict())
+            self._note(feature, turn, completion.usage, outcome.error, **completion.told())
             if outcome.answer:
                 break
             messages = ask_again(messages, completion.text, outcome.error)

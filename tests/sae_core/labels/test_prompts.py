@@ -78,7 +78,7 @@ def test_what_all_prompts_share_stands_first(features):
 def test_the_question_holds_what_the_feature_fires_on_and_what_it_makes_likely(features):
     question = ask(features.feature(0), features.examples(0)[:1])[-1]["content"]
     assert 'fires on: " planet" 50%, "Planet" 20%, " Mars" 10%\n' in question
-    assert 'makes likely: " orbit", " Orbit", "moon"\n' in question
+    assert 'makes likely: " orbit", " Orbit", "moon"\nmakes unlikely: " the"\n' in question
 
 
 def test_the_repair_turn_says_what_was_wrong_and_quotes_little_of_it(features):

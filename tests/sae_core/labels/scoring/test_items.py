@@ -54,6 +54,12 @@ def test_negatives_are_of_three_strata_and_the_feature_fires_in_none():
     assert [sum(item.marked) for item in found[2:]] == [1] * 4  # as many as in the examples, whose 0.2 is no mark
 
 
+def test_a_silent_text_turns_on_a_marked_token_where_a_firing_one_has_its_peak():
+    found = draw(EXAMPLES[:6])
+    assert all(item.marked[item.place] for item in found)
+    assert [item.place for item in found[2:]] == [1] * 4
+
+
 def test_negatives_take_no_document_that_the_writer_saw():
     assert draw(EXAMPLES[:6], frozenset(range(102, 112))) == []
     assert len(draw(EXAMPLES, frozenset({102, 103}))) == 8  # what is left of twelve without the two it fires in
