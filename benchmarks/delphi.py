@@ -22,7 +22,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +38,7 @@ from sae_core.labels import Labels, build_labels, prompts  # noqa: E402
 from sae_core.labels.build import choose_features  # noqa: E402
 from sae_core.labels.client import ChatClient, RequestFailed  # noqa: E402
 from sae_core.labels.endpoint import label_writer  # noqa: E402
+from sae_core.labels.lexical import lexical_label  # noqa: E402
 from sae_core.labels.reader import LabelRow  # noqa: E402
 from sae_core.labels.scoring.items import Ground, Item, Names, Trial  # noqa: E402
 from sae_core.labels.scoring.judge import ask, questions, read  # noqa: E402
@@ -50,7 +51,7 @@ SHOWN, JUDGED, A_QUESTION = 40, 50, 5
 """delphi's defaults: examples for a label, texts on each side of a score, texts a question."""
 PRICES = {"$0.10 and $0.40": (0.10, 0.40), "$2.50 and $10": (2.50, 10.0)}
 """Dollars a million tokens read and written."""
-LABEL = "names of the days of the week"
+LABEL, OTHER = "names of the days of the week", "opening parentheses before a year"
 SENTENCE = "Names of the days of the week, often after a preposition or before a part of the day."
 """A label of ours and one of delphi's, which is a sentence, where only tokens are counted."""
 WRITTEN = {"ours": 40 + 2 * 4 * 45, "delphi": 60 + 2 * 20 * 12}
@@ -58,12 +59,15 @@ WRITTEN = {"ours": 40 + 2 * 4 * 45, "delphi": 60 + 2 * 20 * 12}
 TASKS = ("detection", "fuzzing")
 
 
+Messages = list[dict[str, str]]
+
+
 class Delphi(NamedTuple):
     """Its prompts."""
 
-    label: Callable[..., list[dict[str, str]]]
-    detection: Callable[..., list[dict[str, str]]]
-    fuzzing: Callable[..., list[dict[str, str]]]
+    label: Callable[..., Messages]
+    detection: Callable[..., Messages]
+    fuzzing: Callable[..., Messages]
 
     @classmethod
     def load(cls, folder: Path) -> "Delphi":
@@ -75,12 +79,12 @@ class Delphi(NamedTuple):
 
         return cls(build_prompt, detection, fuzzing)
 
-    def ask_label(self, examples: Sequence[Example], maximum: float) -> list[dict[str, str]]:
+    def ask_label(self, examples: Sequence[Example], maximum: float) -> Messages:
         """As its default explainer asks."""
         lines = [line for example in examples for line in (_highlighted(example), _strengths(example, maximum))]
         return self.label(examples="\n".join(lines), activations=True, cot=False)
 
-    def ask(self, task: str, items: Sequence[Item], name: str) -> list[dict[str, str]]:
+    def ask(self, task: str, items: Sequence[Item], name: str) -> Messages:
         """As its scorers ask about one batch."""
         texts = (_whole(item, task == "fuzzing") for item in items)
         numbered = "\n".join(f"Example {i}: {text}" for i, text in enumerate(texts))
@@ -107,46 +111,65 @@ def _strengths(example: Example, maximum: float) -> str:
 
 
 def count(features: Features, neighbors: Path, delphi: Delphi, tokenizer: str, n: int) -> dict[str, Any]:
-    """Tokens read for a feature, by part; a mean over features."""
-    from sae_core.pretrained import load_tokenizer
+    """Tokens read for a feature, by part; means over features."""
+    size = Meter(tokenizer)
+    sums: dict[str, dict[str, np.ndarray]] = {"ours": {}, "delphi": {}, "ours, by default": {}}
 
-    tok = load_tokenizer(ModelSettings(source=tokenizer))
-
-    def size(messages: list[dict[str, str]]) -> int:
-        return len(tok.apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
-
-    sums: dict[str, dict[str, float]] = {"ours": {}, "delphi": {}}
-
-    def add(who: str, part: str, tokens: int) -> None:
-        sums[who][part] = sums[who].get(part, 0.0) + tokens / len(chosen)
+    def add(who: str, part: str, asked: Iterable[Messages]) -> None:
+        sums[who][part] = sums[who].get(part, 0.0) + sum(map(size, asked), np.zeros(2)) / len(chosen)
 
     chosen = choose_features(features.table(), n)
+    default = LabelSettings()
     for trial in trials_without_model(features, neighbors, chosen):
         row, examples = features.feature(trial.feature), features.examples(trial.feature)
-        shown = prompts.choose_examples(examples, LabelSettings().examples, 0)
-        add("ours", "label", size(prompts.ask(row, [examples[i] for i in shown])))
-        add("delphi", "label", size(delphi.ask_label([*islice(cycle(examples), SHOWN)], row.max_act)))
-        items = [*_filled(trial.items, True), *_filled(trial.items, False)]
-        items = [items[i] for i in np.random.default_rng(0).permutation(len(items))]
-        full = trial._replace(items=items, names=Names(LABEL, None, ""))
+        shown = prompts.choose_examples(examples, default.examples, 0)
+        add("ours", "label", [prompts.ask(row, [examples[i] for i in shown])])
+        add("delphi", "label", [delphi.ask_label([*islice(cycle(examples), SHOWN)], row.max_act)])
+        items = _filled(trial.items, JUDGED)
+        full, few = (trial._replace(items=some) for some in (items, _filled(trial.items, default.score_examples)))
         for task in TASKS:
-            add("ours", task, sum(size(messages) for _, _, messages, _ in questions(full, task)))
-            asked = [delphi.ask(task, batch, SENTENCE) for batch in _batches(items)]
-            add("delphi", task, sum(map(size, asked)))
-        add("ours", "of these, instructions and examples", sum(size(ask(task, [], LABEL)) * 4 for task in TASKS))
-        none = [delphi.ask(task, [], SENTENCE) for task in TASKS]
-        add("delphi", "of these, instructions and examples", sum(map(size, none)) * 2 * JUDGED // A_QUESTION)
-    total = {who: sum(parts[part] for part in ("label", *TASKS)) for who, parts in sums.items()}
-    rounded = {who: {part: round(tokens) for part, tokens in parts.items()} for who, parts in sums.items()}
+            add("ours", task, _asked(full, task, Names(LABEL, None, "")))
+            add("delphi", task, [delphi.ask(task, batch, SENTENCE) for batch in _batches(items)])
+            add("ours, by default", task, _asked(few, task, Names(LABEL, None, "")))
+            controlled = Names(LABEL, OTHER, lexical_label(row))
+            add("ours, by default", f"{task}, with both controls", _asked(few, task, controlled))
+    total = {who: sum(sums[who][part][0] for part in ("label", *TASKS)) for who in ("ours", "delphi")}
     dollars = {
         f"1,000 features at {name} a million": {
             who: round((total[who] * read_ + WRITTEN[who] * written) / 1000, 2) for who in total
         }
         for name, (read_, written) in PRICES.items()
     }
-    found = {"features": len(chosen), "tokenizer": tokenizer, "judged": 4 * JUDGED, "tokens_read": rounded}
-    times = round(total["delphi"] / total["ours"], 2)
-    return found | {"total": {who: round(tokens) for who, tokens in total.items()}, "times": times} | dollars
+    return {
+        "features": len(chosen), "tokenizer": tokenizer, "judged": 4 * JUDGED,
+        "tokens read, and those that the prompt before did not begin with": {
+            who: {part: np.round(tokens).astype(int).tolist() for part, tokens in parts.items()}
+            for who, parts in sums.items()
+        },
+        "total": {who: round(tokens) for who, tokens in total.items()},
+        "times": round(total["delphi"] / total["ours"], 2),
+        "fixed, of a question": {task: int(size(ask(task, [], LABEL))[0]) for task in TASKS},
+    } | dollars  # fmt: skip
+
+
+class Meter:
+    """Counts tokens of prompts, and of each those after what it has in common with the one before."""
+
+    def __init__(self, tokenizer: str) -> None:
+        from sae_core.pretrained import load_tokenizer
+
+        self._tokenizer, self._before = load_tokenizer(ModelSettings(source=tokenizer)), []
+
+    def __call__(self, messages: Messages) -> np.ndarray:
+        ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        pairs = zip(ids, self._before, strict=False)
+        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(self._before)))
+        self._before = ids
+        return np.array([len(ids), len(ids) - shared])
+
+
+def _asked(trial: Trial, task: Any, names: Names) -> list[Messages]:
+    return [messages for _, _, messages, _ in questions(trial._replace(names=names), task)]
 
 
 def trials_without_model(features: Features, neighbors: Path, chosen: Iterable[int]) -> list[Trial]:
@@ -161,8 +184,11 @@ def trials_without_model(features: Features, neighbors: Path, chosen: Iterable[i
     return scorer.trials([LabelRow(i, "lexical", "written", LABEL) for i in chosen], [], silent)
 
 
-def _filled(items: Sequence[Item], fires: bool) -> Iterator[Item]:
-    return islice(cycle([item for item in items if item.fires is fires]), JUDGED)
+def _filled(items: Sequence[Item], count: int) -> list[Item]:
+    """So many in which the feature fires and as many in which it does not, in random order."""
+    sides = ([item for item in items if item.fires is fires] for fires in (True, False))
+    some = [item for side in sides for item in islice(cycle(side), count)]
+    return [some[i] for i in np.random.default_rng(0).permutation(len(some))]
 
 
 def _batches(items: Sequence[Item]) -> list[Sequence[Item]]:
@@ -182,7 +208,7 @@ async def compare(
     places = asyncio.Semaphore(at_once)
     tokens = {"ours": 0, "delphi": 0}
 
-    async def say(who: str, messages: list[dict[str, str]], **more: Any) -> str:
+    async def say(who: str, messages: Messages, **more: Any) -> str:
         async with places:
             try:
                 completion = await client.complete(messages, **more)

@@ -262,7 +262,10 @@ def _logprobs(response: ChatCompletion) -> list[tuple[str, dict[str, float]]] | 
     told = response.choices[0].logprobs
     if told is None or not told.content:
         return None
-    return [(at.token, {other.token: other.logprob for other in at.top_logprobs}) for at in told.content]
+    return [  # the SDK lets what is missing through, as None
+        (at.token or "", {o.token: o.logprob for o in at.top_logprobs or () if o.token and o.logprob is not None})
+        for at in told.content
+    ]
 
 
 def _usage(response: ChatCompletion) -> Usage:

@@ -55,10 +55,10 @@ class Earlier(NamedTuple):
     """Name of the one at work now, of which no earlier table is kept."""
 
 
-def labeler_name(asked_with: Mapping[str, Any], prompt_version: str) -> str:
+def labeler_name(model: str, asked_with: Mapping[str, Any], prompt_version: str) -> str:
     """Of the model, with a fingerprint of all that it was asked with; safe as the name of a file."""
-    model = re.sub(r"[^\w.-]+", "-", str(asked_with["model"])).strip(".-")[:60]
-    return f"{model}.{fingerprint([dict(asked_with), prompt_version])[:6]}"
+    safe = re.sub(r"[^\w.-]+", "-", model).strip(".-")[:60]
+    return f"{safe}.{fingerprint([dict(asked_with), prompt_version])[:6]}"
 
 
 def keep_earlier(earlier: Earlier, folder: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 from sae_core.errors import MindAtlasError
-from sae_core.features import Example, FeatureRow
+from sae_core.features import Example, FeatureRow, Features
 from sae_core.settings import fingerprint
 
 Kind = Literal["input", "output", "both", "unclear"]
@@ -77,8 +77,9 @@ ANSWER_SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 
+_SILENT = "in these it does not fire:"
 _SIZES = (BEFORE, AFTER, MARK_SHARE, FIRES_ON, PROMOTED, SUPPRESSED, MAX_TOKENS)
-VERSION = "2." + fingerprint([SYSTEM, _SHOTS, ANSWER_SCHEMA, *_SIZES])[:8]
+VERSION = "2." + fingerprint([SYSTEM, _SHOTS, _SILENT, ANSWER_SCHEMA, *_SIZES])[:8]
 """Names the prompt that a label came from; it changes by itself with anything the label writer is told."""
 
 
@@ -148,22 +149,34 @@ def as_data(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def ask(feature: FeatureRow, examples: Sequence[Example]) -> list[Message]:
-    """The messages that ask for one feature's label; what all features share stands first, for the server's cache."""
+def contrast(features: Features, row: FeatureRow, count: int) -> list[Example]:
+    """Texts near to the examples in which the feature does not fire: they hold its most frequent tokens."""
+    return features.silent(row.feature, row.top_tokens[:FIRES_ON], count) if count else []
+
+
+def ask(feature: FeatureRow, examples: Sequence[Example], silent: Sequence[Example] = ()) -> list[Message]:
+    """The messages that ask for one feature's label; what all features share stands first, for the server's cache.
+
+    Args:
+        feature: what is known of it.
+        examples: texts in which it fires.
+        silent: texts in which it does not, see `contrast`.
+    """
     messages = [{"role": "system", "content": SYSTEM}]
     for question, answer in _SHOTS:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return [*messages, {"role": "user", "content": _question(feature, examples)}]
+    return [*messages, {"role": "user", "content": _question(feature, examples, silent)}]
 
 
-def _question(feature: FeatureRow, examples: Sequence[Example]) -> str:
+def _question(feature: FeatureRow, examples: Sequence[Example], silent: Sequence[Example]) -> str:
     most = zip(feature.top_tokens[:FIRES_ON], feature.top_token_shares[:FIRES_ON], strict=True)
     fires_on = ", ".join(f"{_quoted(token)} {share:.0%}" for token, share in most)
     likely, unlikely = (
         ", ".join(map(_quoted, tokens)) for tokens in (feature.promoted[:PROMOTED], feature.suppressed[:SUPPRESSED])
     )
-    texts = "\n".join(mark(example) for example in examples)
-    return f"fires on: {fires_on}\nmakes likely: {likely}\nmakes unlikely: {unlikely}\n<texts>\n{texts}\n</texts>"
+    texts, others = ("\n".join(map(mark, of)) for of in (examples, silent))
+    told = f"fires on: {fires_on}\nmakes likely: {likely}\nmakes unlikely: {unlikely}\n<texts>\n{texts}\n</texts>"
+    return f"{told}\n{_SILENT}\n<silent>\n{others}\n</silent>" if others else told
 
 
 def _quoted(token: str) -> str:

@@ -103,9 +103,8 @@ class Answers(NamedTuple):
     completion_tokens: int = 0
 
 
-def positives(examples: Sequence[Example], shown: Sequence[int], count: int, seed: int) -> list[Example]:
-    """At most `count` examples from other documents than those `shown`: one of each level, the highest first, again."""
-    seen = {examples[i].document for i in shown}
+def positives(examples: Sequence[Example], seen: set[int], count: int, seed: int) -> list[Example]:
+    """At most `count` examples from other documents than those `seen`: one of each level, the highest first, again."""
     levels: dict[int, list[Example]] = {}
     for example in examples:
         if example.document not in seen:

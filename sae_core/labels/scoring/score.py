@@ -15,6 +15,7 @@ from jaxtyping import Float
 from sae_core.features import Example, Features
 from sae_core.features.reader import Sample
 from sae_core.labels.client import ChatClient
+from sae_core.labels.prompts import contrast
 from sae_core.labels.reader import LabelRow, Score
 from sae_core.labels.scoring.embedding import Embedder, joined
 from sae_core.labels.scoring.items import Answers, Ground, Item, Names, Scored, Trial, as_item, negatives, positives
@@ -133,10 +134,11 @@ class Scorer:
     def _items(self, row: LabelRow) -> list[Item]:
         examples = self.features.examples(row.feature)
         seed = self.settings.seed * 1_000_003 + row.feature
-        chosen = positives(examples, row.examples, self.settings.score_examples, seed)
+        others = contrast(self.features, self.features.feature(row.feature), self.settings.contrast)
+        seen = {example.document for example in (*(examples[i] for i in row.examples), *others)}
+        chosen = positives(examples, seen, self.settings.score_examples, seed)
         if not chosen:
             return []
-        seen = {examples[i].document for i in row.examples}
         neighbors = self.neighbors(row.feature)
         silent = negatives(self.sample, row.feature, neighbors, chosen, seen, self.nearest, seed)
         items = [*map(as_item, chosen), *silent]

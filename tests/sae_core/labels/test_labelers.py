@@ -68,12 +68,11 @@ def test_a_labeler_that_is_not_there_is_refused_with_those_that_are(make):
 
 @pytest.mark.parametrize("model", ["org/model:free", "../../etc/passwd", "модель 7b", "x" * 500])
 def test_a_labeler_s_name_is_a_file_s_and_tells_what_it_was_asked_with(model):
-    name = labeler_name({"model": model, "seed": 0}, "1")
+    name = labeler_name(model, {"seed": 0}, "1")
     assert re.fullmatch(r"[\w.-]{1,80}", name)
     assert not name.startswith(".")
-    assert (
-        len({name, labeler_name({"model": model, "seed": 1}, "1"), labeler_name({"model": model, "seed": 0}, "2")}) == 3
-    )
+    others = labeler_name(model, {"seed": 1}, "1"), labeler_name(model, {"seed": 0}, "2")
+    assert len({name, *others}) == 3
 
 
 def test_labels_are_compared_by_the_score_that_goes_the_furthest():

@@ -34,15 +34,15 @@ def draw(chosen: list[Example], seen: frozenset[int] = frozenset()) -> list[Item
 
 
 def test_positives_come_from_documents_that_were_not_shown_and_over_all_levels():
-    chosen = positives(EXAMPLES, shown=[0, 3], count=5, seed=0)
+    chosen = positives(EXAMPLES, seen={0, 3}, count=5, seed=0)
     assert {e.document for e in chosen}.isdisjoint({0, 3})
     assert [e.level for e in chosen] == [5, 4, 3, 2, 1]
-    assert [e.level for e in positives(EXAMPLES, [0, 3], 99, 0)] == [5, 4, 3, 2, 1, 5, 1, 1]
-    assert positives(EXAMPLES, range(10), 5, 0) == []
+    assert [e.level for e in positives(EXAMPLES, {0, 3}, 99, 0)] == [5, 4, 3, 2, 1, 5, 1, 1]
+    assert positives(EXAMPLES, set(range(10)), 5, 0) == []
 
 
 def test_a_second_example_of_a_shown_document_is_not_used():
-    assert positives([example(1, 5), example(1, 4), example(2, 3)], shown=[0], count=9, seed=0) == [example(2, 3)]
+    assert positives([example(1, 5), example(1, 4), example(2, 3)], seen={1}, count=9, seed=0) == [example(2, 3)]
 
 
 def test_negatives_are_of_three_strata_and_the_feature_fires_in_none():

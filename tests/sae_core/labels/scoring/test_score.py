@@ -155,6 +155,14 @@ def test_texts_are_none_that_the_writer_saw_and_every_question_is_recorded(endpo
     assert {note["name"] for note in notes if note["scorer"] == "fuzzing"} == {"own", "shuffled", "lexical"}
 
 
+def test_texts_shown_as_contrast_are_held_against_no_label(endpoint, by_rule, planted, ground, rows, monkeypatch):
+    endpoint.behavior = by_rule
+    monkeypatch.setattr(Features, "silent", lambda self, feature, tokens, limit: self.examples(feature)[3 : 3 + limit])
+    settings = LabelSettings(model="m", base_url=endpoint.url, scorers=["detection"], contrast=5)
+    found = scored(settings, planted, ground, rows)
+    assert {fields["scores"][0].n_firing for fields in found.values()} == {6}  # 14, less 3 shown and 5 as contrast
+
+
 def test_answers_that_cannot_be_read_are_counted_and_make_no_score(endpoint, by_rule, planted, ground, rows):
     endpoint.behavior = lambda h, b: h.answer('{"texts": [99]}')
     settings = LabelSettings(model="m", base_url=endpoint.url, scorers=["detection"], judged=1)
