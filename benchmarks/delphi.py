@@ -54,7 +54,8 @@ PRICES = {"$0.10 and $0.40": (0.10, 0.40), "$2.50 and $10": (2.50, 10.0)}
 LABEL, OTHER = "names of the days of the week", "opening parentheses before a year"
 SENTENCE = "Names of the days of the week, often after a preposition or before a part of the day."
 """A label of ours and one of delphi's, which is a sentence, where only tokens are counted."""
-WRITTEN = {"ours": 40 + 2 * 4 * 45, "delphi": 60 + 2 * 20 * 12}
+DEFAULT = "ours, by default with both controls"
+WRITTEN = {"ours": 40 + 2 * 4 * 45, "delphi": 60 + 2 * 20 * 12, DEFAULT: 40 + 2 * 3 * 45}
 """Tokens of the answers: a label, and lists of numbers. Of ours 45 a question of 25 texts, half of them listed."""
 TASKS = ("detection", "fuzzing")
 
@@ -113,27 +114,27 @@ def _strengths(example: Example, maximum: float) -> str:
 def count(features: Features, neighbors: Path, delphi: Delphi, tokenizer: str, n: int) -> dict[str, Any]:
     """Tokens read for a feature, by part; means over features."""
     size = Meter(tokenizer)
-    sums: dict[str, dict[str, np.ndarray]] = {"ours": {}, "delphi": {}, "ours, by default": {}}
+    sums: dict[str, dict[str, np.ndarray]] = {"ours": {}, "delphi": {}, DEFAULT: {}}
 
     def add(who: str, part: str, asked: Iterable[Messages]) -> None:
-        sums[who][part] = sums[who].get(part, 0.0) + sum(map(size, asked), np.zeros(2)) / len(chosen)
+        tokens = sum((size(f"{who}, {part}", messages) for messages in asked), np.zeros(2))
+        sums[who][part] = sums[who].get(part, 0.0) + tokens / len(chosen)
 
     chosen = choose_features(features.table(), n)
     default = LabelSettings()
     for trial in trials_without_model(features, neighbors, chosen):
         row, examples = features.feature(trial.feature), features.examples(trial.feature)
         shown = prompts.choose_examples(examples, default.examples, 0)
-        add("ours", "label", [prompts.ask(row, [examples[i] for i in shown])])
+        for who in ("ours", DEFAULT):
+            add(who, "label", [prompts.ask(row, [examples[i] for i in shown])])
         add("delphi", "label", [delphi.ask_label([*islice(cycle(examples), SHOWN)], row.max_act)])
         items = _filled(trial.items, JUDGED)
         full, few = (trial._replace(items=some) for some in (items, _filled(trial.items, default.score_examples)))
         for task in TASKS:
             add("ours", task, _asked(full, task, Names(LABEL, None, "")))
             add("delphi", task, [delphi.ask(task, batch, SENTENCE) for batch in _batches(items)])
-            add("ours, by default", task, _asked(few, task, Names(LABEL, None, "")))
-            controlled = Names(LABEL, OTHER, lexical_label(row))
-            add("ours, by default", f"{task}, with both controls", _asked(few, task, controlled))
-    total = {who: sum(sums[who][part][0] for part in ("label", *TASKS)) for who in ("ours", "delphi")}
+            add(DEFAULT, task, _asked(few, task, Names(LABEL, OTHER, lexical_label(row))))
+    total = {who: sum(parts.values())[0] for who, parts in sums.items()}
     dollars = {
         f"1,000 features at {name} a million": {
             who: round((total[who] * read_ + WRITTEN[who] * written) / 1000, 2) for who in total
@@ -148,23 +149,25 @@ def count(features: Features, neighbors: Path, delphi: Delphi, tokenizer: str, n
         },
         "total": {who: round(tokens) for who, tokens in total.items()},
         "times": round(total["delphi"] / total["ours"], 2),
-        "fixed, of a question": {task: int(size(ask(task, [], LABEL))[0]) for task in TASKS},
+        "fixed, of a question": {task: int(size("", ask(task, [], LABEL))[0]) for task in TASKS},
     } | dollars  # fmt: skip
 
 
 class Meter:
-    """Counts tokens of prompts, and of each those after what it has in common with the one before."""
+    """Counts tokens of prompts, and of each those after what it has in common with the one before of its kind."""
 
     def __init__(self, tokenizer: str) -> None:
         from sae_core.pretrained import load_tokenizer
 
-        self._tokenizer, self._before = load_tokenizer(ModelSettings(source=tokenizer)), []
+        self._tokenizer = load_tokenizer(ModelSettings(source=tokenizer))
+        self._before: dict[str, list[int]] = {}
 
-    def __call__(self, messages: Messages) -> np.ndarray:
+    def __call__(self, kind: str, messages: Messages) -> np.ndarray:
         ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-        pairs = zip(ids, self._before, strict=False)
-        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(self._before)))
-        self._before = ids
+        before = self._before.get(kind, [])
+        differs = (i for i, (a, b) in enumerate(zip(ids, before, strict=False)) if a != b)
+        shared = next(differs, min(len(ids), len(before)))
+        self._before[kind] = ids
         return np.array([len(ids), len(ids) - shared])
 
 

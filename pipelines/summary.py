@@ -1,6 +1,6 @@
 """What a person is shown at the end of a run, of one feature, and of two answers side by side."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -75,15 +75,18 @@ def show(summary: dict[str, Any], json_: bool) -> None:
         for text in found["failed_checks"]:
             out.print(f"[bold red]check failed[/bold red]: {text}")
         examples = found["labels"]["examples"]
-        rows = [(e["feature"], e["label"], e["example"]) for e in examples]
+        rows = [(e["feature"], doubted(e["label"], e.get("beats_control")), e["example"]) for e in examples]
         out.print()
         out.print(table(("feature", "label", "strongest example"), rows))
     out.print(f"\nEverything is in {summary['home']} (atlas.duckdb there answers SQL).", markup=False)
     out.print(NEXT, markup=False)
 
 
-def show_feature(card: FeatureCard, limit: int) -> None:
-    """One feature: label, statistics, promoted tokens, examples with highlighted tokens, neighbors."""
+def show_feature(card: FeatureCard, limit: int, beats: Callable[[int], bool | None]) -> None:
+    """One feature: label, statistics, promoted tokens, examples with highlighted tokens, neighbors.
+
+    `beats` says of any feature whether its label beats its control.
+    """
     row = card.row
     out.print(f"[bold]feature {row.feature}[/bold]", end="  ")
     beats_control = card.label.get("beats_control") if card.label else None
@@ -109,7 +112,8 @@ def show_feature(card: FeatureCard, limit: int) -> None:
         out.print(Text(f"{example.act:8.3g}  ") + tokens(example.tokens, example.acts, row.max_act))
     if card.neighbors:
         out.print()
-        out.print(table(("neighbor", "cosine", "label"), [(n.feature, n.cosine, n.label) for n in card.neighbors]))
+        rows = [(n.feature, n.cosine, doubted(n.label, beats(n.feature))) for n in card.neighbors]
+        out.print(table(("neighbor", "cosine", "label"), rows))
 
 
 def show_estimate(settings: LabelSettings, estimate: "Estimate", json_: bool) -> None:
@@ -167,9 +171,8 @@ def show_extremes(known: "Sequence[Labeler]", labels: Sequence[dict[str, Any]]) 
 
 def show_compared(pairs: "Sequence[Compared]", limit: int) -> None:
     """What two labelers call the same features, and how often which of them scores better."""
-    scored = [pair for pair in pairs if pair.one_score is not None and pair.other_score is not None]
-    better = sum(pair.one_score > pair.other_score for pair in scored)
-    worse = sum(pair.one_score < pair.other_score for pair in scored)
+    scored = [(p.one_score, p.other_score) for p in pairs if p.one_score is not None and p.other_score is not None]
+    better, worse = sum(one > other for one, other in scored), sum(one < other for one, other in scored)
     same = sum(pair.one.casefold() == pair.other.casefold() for pair in pairs)
     out.print(
         f"{len(pairs):,} features have both labels, {same:,} of them the same one; of {len(scored):,} scored ones the "

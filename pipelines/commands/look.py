@@ -83,8 +83,9 @@ def feature(number: int, examples: int, study: str, dictionary: str, json_: bool
     from pipelines.console import print_json
     from pipelines.summary import show_feature
 
-    card = open_atlas(study, dictionary).feature(number)
-    print_json(card) if json_ else show_feature(card, examples)
+    atlas = open_atlas(study, dictionary)
+    card = atlas.feature(number)
+    print_json(card) if json_ else show_feature(card, examples, atlas.beats_control)
 
 
 @click.command()
@@ -94,7 +95,7 @@ def feature(number: int, examples: int, study: str, dictionary: str, json_: bool
 @as_json
 def explain(text: str, top: int, study: str, dictionary: str, json_: bool) -> None:
     """Which features fire on TEXT, token by token."""
-    from pipelines.console import out, print_json, table
+    from pipelines.console import doubted, out, print_json, table
 
     atlas = open_atlas(study, dictionary)
     tokens = atlas.explain(open_model(atlas), text, top)
@@ -103,7 +104,8 @@ def explain(text: str, top: int, study: str, dictionary: str, json_: bool) -> No
         return
     for token in tokens:
         out.print(f"\n{token.token!r}", style="bold", markup=False)
-        out.print(table(("feature", "activation", "label"), [(f.feature, f.value, f.label) for f in token.features]))
+        rows = [(f.feature, f.value, doubted(f.label, atlas.beats_control(f.feature))) for f in token.features]
+        out.print(table(("feature", "activation", "label"), rows))
 
 
 @click.command()

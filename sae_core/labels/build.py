@@ -259,7 +259,13 @@ def _summary(source: Features, settings: LabelSettings, rows: Sequence[LabelRow]
         "completion_tokens": sum(row.completion_tokens for row in rows),
         "dollars": None if None in costs else sum(cost or 0.0 for cost in costs),
         "examples": [
-            {"feature": row.feature, "label": row.label, "description": row.description, "example": _shown(source, row)}
+            {
+                "feature": row.feature,
+                "label": row.label,
+                "description": row.description,
+                "example": _shown(source, row),
+                "beats_control": row.beats_control,
+            }
             for row in written[:_SHOWN]
         ],
     } | _score_summary(written)
