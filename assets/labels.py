@@ -20,12 +20,20 @@ from sae_core.study import LabelSettings
 
 if TYPE_CHECKING:
     from sae_core.labels.carry import Previous
+    from sae_core.labels.labelers import Earlier
 
 PASSING = dg.RetryPolicy(max_retries=3, delay=30, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
 """For a server that stops answering midway: again after about 30, 90 and 210 seconds. What was answered is kept."""
 
 
-_ASKED_WITH = ("model", "base_url", "examples", "temperature", "seed")  # what decides which label is written
+_ASKED_WITH = (
+    "model",
+    "base_url",
+    "examples",
+    "contrast",
+    "temperature",
+    "seed",
+)  # what decides which label is written
 
 
 class LabelsRun(launchpad(LabelSettings)):  # type: ignore[misc]
@@ -56,10 +64,25 @@ def labels(context: dg.AssetExecutionContext, config: LabelsRun, workshop: Works
         ground = Ground(order.study.model, draft.parents["neighbors"].folder)
         previous = None if config.only else _previous(workshop, draft)
         return build_labels(
-            order.study.labels, features, draft.folder, report, key, config.only, finished, ground, previous
-        )
+            order.study.labels, features, draft.folder, report, key, config.only, finished, ground, previous,
+            _earlier(workshop, draft, order.study.labels.model),
+        )  # fmt: skip
 
     return workshop.make(context, "labels", config, build, _describe)
+
+
+def _earlier(workshop: Workshop, draft: Draft, model: str) -> "Earlier | None":
+    """The labels that these take the place of, when they are of the same features."""
+    from sae_core.labels.labelers import Earlier, labeler_name
+    from sae_core.labels.prompts import VERSION
+
+    slug = draft.recipe.slug
+    now, parent = workshop.store.manifest("labels", slug), draft.parents["features"].manifest
+    if now is None or now.folder == draft.folder.name or now.parents.get(parent.key) != parent.fingerprint:
+        return None
+    before, asked = ({key: of.get(key) for key in _ASKED_WITH} for of in (now.settings, draft.recipe.settings))
+    by = labeler_name(now.summary["model"], before, now.summary["prompt_version"])
+    return Earlier(workshop.store.get("labels", slug).folder, by, labeler_name(model, asked, VERSION))
 
 
 def _previous(workshop: Workshop, draft: Draft) -> "Previous | None":

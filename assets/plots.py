@@ -79,7 +79,9 @@ def score_histograms(scores: Mapping[str, Mapping[str, Sequence[float | None]]])
     figure = _figure(4 * len(scores), 2.6)
     for axes, (scorer, found) in zip(np.atleast_1d(figure.subplots(1, len(scores))), scores.items(), strict=True):
         values = [[value for value in of if value is not None] for of in found.values()]
-        axes.hist(values, np.linspace(0, 1, 21), label=list(found), color=[ACCENT, "#999999", "#4c78a8"])
+        everything = [0.0, 1.0, *itertools.chain(*values)]  # specificity goes up to 3, a correlation below 0
+        bins = np.linspace(min(everything), max(everything), 21)
+        axes.hist(values, bins, label=list(found), color=[ACCENT, "#999999", "#4c78a8"])
         axes.set_title(scorer)
         axes.set_xlabel("score")
         axes.legend(fontsize="small")

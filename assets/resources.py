@@ -15,7 +15,7 @@ from assets.partitions import STUDIES
 from sae_core.artifacts import ATLAS, ArtifactError, ArtifactStore, Draft, Made, fingerprint_of, home
 from sae_core.checks import Verdict, verdicts
 from sae_core.errors import MindAtlasError
-from sae_core.generations import collect, followed
+from sae_core.generations import collect, followed, served
 from sae_core.progress import Report
 from sae_core.settings import Settings
 from sae_core.studies import Order
@@ -88,8 +88,16 @@ class Workshop(dg.ConfigurableResource):
         """Folder of the artifact that a part is to be made again of.
 
         Raises:
-            ArtifactError: there is none, or it was made otherwise than the study has it now.
+            ArtifactError: there is none, it was made otherwise than the study has it now, or it is not what is served.
         """
+        now = served(self.store, draft.recipe.slug).manifest(draft.recipe.stage, draft.recipe.slug)
+        newest = self.store.manifest(draft.recipe.stage, draft.recipe.slug)
+        if now and newest and now.fingerprint != newest.fingerprint:
+            raise ArtifactError(
+                f"{draft.recipe.key} was made last for a retraining that is not served, and would not be seen: "
+                "`mind-atlas status` says why. Loosen [retraining] or [checks] and run `mind-atlas run` to serve it, "
+                "or take back what was changed and run that, to go on with the atlas that is served"
+            )
         status = self.store.status(draft.recipe)
         if status.state != "made" or self.store.draft_folder(draft.recipe):  # the latter: its parents changed since
             why = status.why or "what it is made from changed"

@@ -1,7 +1,8 @@
 """What a person is shown at the end of a run, of one feature, and of two answers side by side."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.columns import Columns
@@ -13,13 +14,17 @@ from pipelines.console import doubted, out, print_json, table, tokens
 from sae_core.artifacts import ArtifactStore
 from sae_core.atlas import FeatureCard
 from sae_core.checks import verdicts
+from sae_core.features import Features
 from sae_core.labels import LabelRow
+from sae_core.labels.labelers import best
+from sae_core.labels.prompts import mark
 from sae_core.studies import Order
 from sae_core.study import LabelSettings, Study
 
 if TYPE_CHECKING:  # these bring torch, or the client
     from sae_core.generation import Token
     from sae_core.labels.estimate import Estimate
+    from sae_core.labels.labelers import Compared, Labeler
 
 HEALTH = {
     "fvu": "variance unexplained on held-out tokens (FVU)",
@@ -70,15 +75,18 @@ def show(summary: dict[str, Any], json_: bool) -> None:
         for text in found["failed_checks"]:
             out.print(f"[bold red]check failed[/bold red]: {text}")
         examples = found["labels"]["examples"]
-        rows = [(e["feature"], e["label"], e["example"]) for e in examples]
+        rows = [(e["feature"], doubted(e["label"], e.get("beats_control")), e["example"]) for e in examples]
         out.print()
         out.print(table(("feature", "label", "strongest example"), rows))
     out.print(f"\nEverything is in {summary['home']} (atlas.duckdb there answers SQL).", markup=False)
     out.print(NEXT, markup=False)
 
 
-def show_feature(card: FeatureCard, limit: int) -> None:
-    """One feature: label, statistics, promoted tokens, examples with highlighted tokens, neighbors."""
+def show_feature(card: FeatureCard, limit: int, beats: Callable[[int], bool | None]) -> None:
+    """One feature: label, statistics, promoted tokens, examples with highlighted tokens, neighbors.
+
+    `beats` says of any feature whether its label beats its control.
+    """
     row = card.row
     out.print(f"[bold]feature {row.feature}[/bold]", end="  ")
     beats_control = card.label.get("beats_control") if card.label else None
@@ -104,7 +112,8 @@ def show_feature(card: FeatureCard, limit: int) -> None:
         out.print(Text(f"{example.act:8.3g}  ") + tokens(example.tokens, example.acts, row.max_act))
     if card.neighbors:
         out.print()
-        out.print(table(("neighbor", "cosine", "label"), [(n.feature, n.cosine, n.label) for n in card.neighbors]))
+        rows = [(n.feature, n.cosine, doubted(n.label, beats(n.feature))) for n in card.neighbors]
+        out.print(table(("neighbor", "cosine", "label"), rows))
 
 
 def show_estimate(settings: LabelSettings, estimate: "Estimate", json_: bool) -> None:
@@ -135,6 +144,48 @@ def show_labels(rows: Sequence[LabelRow], json_: bool) -> None:
         out.print(f"feature {row.feature}: {row.error}", markup=False)
 
 
+def extremes(rows: Sequence[LabelRow], features: Features, limit: int) -> list[dict[str, Any]]:
+    """The scored labels of the best and of the worst scores, half and half, with an example each; JSON values."""
+    scored = [(score.score, row) for row in rows if (score := best(row)) and score.score is not None]
+    ordered = [row for _, row in sorted(scored, key=lambda pair: -pair[0])]
+    chosen = ordered if len(ordered) <= limit else ordered[: limit - limit // 2] + ordered[-(limit // 2) :]
+    return [
+        asdict(row) | {"example": mark(features.examples(row.feature)[row.examples[0]]) if row.examples else ""}
+        for row in chosen
+    ]
+
+
+def show_extremes(known: "Sequence[Labeler]", labels: Sequence[dict[str, Any]]) -> None:
+    """All labelers, and some labels with every score, its interval and what the controls get."""
+    out.print(table(known[0]._fields, [["-" if value is None else value for value in one] for one in known]))
+    headers = ("feature", "label", "an example", "scorer", "score", "95%", "another's label", "lexical", "better")
+    rows = [
+        (label["feature"], label["label"], label["example"], s["scorer"], _cell(s["score"]),
+         f"{_cell(s['low'])} to {_cell(s['high'])}", _cell(s["shuffled"]), _cell(s["lexical"]),
+         {True: "yes", False: "no", None: "-"}[label["beats_control"]])
+        for label in labels for s in label["scores"]
+    ]  # fmt: skip
+    out.print()
+    out.print(table(headers, rows) if rows else "no label has a score yet")
+
+
+def show_compared(pairs: "Sequence[Compared]", limit: int) -> None:
+    """What two labelers call the same features, and how often which of them scores better."""
+    scored = [(p.one_score, p.other_score) for p in pairs if p.one_score is not None and p.other_score is not None]
+    better, worse = sum(one > other for one, other in scored), sum(one < other for one, other in scored)
+    same = sum(pair.one.casefold() == pair.other.casefold() for pair in pairs)
+    out.print(
+        f"{len(pairs):,} features have both labels, {same:,} of them the same one; of {len(scored):,} scored ones the "
+        f"first is better on {better:,}, the second on {worse:,}"
+    )
+    out.print(
+        table(
+            ("feature", "label", "score", "other label", "score"),
+            [(p.feature, p.one, _cell(p.one_score), p.other, _cell(p.other_score)) for p in pairs[:limit]],
+        )
+    )
+
+
 def _show_scores(label: dict[str, Any]) -> None:
     """Each score with its interval, beside the controls' and by where the silent texts come from."""
     headers = (
@@ -150,6 +201,8 @@ def _show_scores(label: dict[str, Any]) -> None:
         for s in label["scores"]
     ]  # fmt: skip
     out.print(table(headers, rows))
+    for levels in (s["levels"] for s in label["scores"] if s["scorer"] == "specificity"):
+        out.print(f"specificity (0 to 3) by activation level, the lowest first: {' '.join(map(_cell, levels))}")
 
 
 def _cell(score: float | None) -> str:

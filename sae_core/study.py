@@ -24,7 +24,7 @@ PENALIZED = {"relu": 5.0, "gated": 1.0, "jump_relu_tanh": 5.0}
 `relu`: Templeton et al. 2024. `gated`: SAELens's default; what SAEBench trained (0.012 to 0.08 at E|x|^2 = 1) is 0.3 to
 1.9 at a d_model of 576. `jump_relu_tanh`: SAELens's documentation; Anthropic had 10 or more, on larger models.
 """
-Scorer = Literal["embedding", "detection", "fuzzing"]
+Scorer = Literal["embedding", "detection", "fuzzing", "specificity", "simulation"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Packing = Literal["documents", "concat"]
 
@@ -355,17 +355,20 @@ class LabelSettings(Settings):
     """Features given a written label, strongest first; every live feature gets a lexical label besides."""
     examples: int = Field(8, ge=1)
     """Examples shown for each feature, over its activation levels."""
+    contrast: int = Field(0, ge=0)
+    """Texts shown besides that hold the tokens it fires on most, and in which it does not fire."""
     temperature: float = Field(0.0, ge=0)
     """Sampling temperature; 0 takes the most likely answer."""
     seed: int = 0
     """Choice of the examples shown, and of the sampling where the server takes one."""
     scorers: list[Scorer] = Field(["embedding", "detection", "fuzzing"])
-    """How labels are scored, on examples from other documents than those shown; detection and fuzzing ask `model`."""
+    """How labels are scored, on examples from other documents than those shown; all but embedding ask `model`.
+    Specificity (0 to 3) and simulation (Pearson; wants log-probabilities, and many tokens) are made when named here."""
     score_examples: int = Field(12, ge=2)
     """Texts in which the feature fires, of which a label is scored on at most so many, and as many in which it does
     not. Paulo et al. 2024 take 100, which wants `features.level_examples` of 20 or more."""
     judged: int | None = Field(None, ge=0)
-    """Features scored by detection and fuzzing, the first ones; default: all at an endpoint, none by a local model."""
+    """Features scored by asking `model`, the first ones; default: all at an endpoint, none by a local model."""
     max_dollars: float | None = Field(None, ge=0)
     """Most that the labels may cost; a request that might go beyond it is not sent, and what is written is kept."""
     max_requests: int | None = Field(None, ge=0)
@@ -380,9 +383,9 @@ class LabelSettings(Settings):
     """Seconds after which a request to `base_url` is taken for lost, and sent again. It changes no label."""
 
     def judged_of(self, labeled: int) -> int:
-        """How many of so many labeled features are scored by detection and fuzzing."""
+        """How many of so many labeled features are scored by asking a model."""
         most = self.judged if self.judged is not None else labeled if self.base_url else 0
-        return min(labeled, most) if {"detection", "fuzzing"} & set(self.scorers) else 0
+        return min(labeled, most) if set(self.scorers) - {"embedding"} else 0
 
     @model_validator(mode="after")
     def _both_prices(self) -> "LabelSettings":

@@ -50,6 +50,32 @@ def features(words: tuple[str, ...], limit: int, study: str, dictionary: str, js
 
 
 @click.command()
+@click.option("--limit", default=10, show_default=True, type=click.IntRange(2), help="Labels shown, good and bad.")
+@click.option("--labeler", default="current", show_default=True, help="Whose labels, where there are several.")
+@click.option("--against", default="", metavar="LABELER", help="Feature by feature beside what another one wrote.")
+@chosen
+@as_json
+def labels(limit: int, labeler: str, against: str, study: str, dictionary: str, json_: bool) -> None:
+    """Who wrote labels, and the best and the worst of them with scores and controls."""
+    from pipelines.console import print_json
+    from pipelines.summary import extremes, show_compared, show_extremes
+    from sae_core.labels.labelers import compare, labelers, open_labels
+
+    atlas = open_atlas(study, dictionary)
+    folder = atlas.store.get("labels", atlas.dictionary).folder
+    rows = open_labels(folder, labeler).rows()
+    if against:
+        pairs = compare(rows, open_labels(folder, against).rows())
+        print_json([pair._asdict() for pair in pairs]) if json_ else show_compared(pairs, limit)
+        return
+    known, some = labelers(folder), extremes(rows, atlas.features, limit)
+    if json_:
+        print_json({"labelers": [one._asdict() for one in known], "labels": some})
+    else:
+        show_extremes(known, some)
+
+
+@click.command()
 @click.argument("number", type=int)
 @click.option("--examples", default=8, show_default=True, type=click.IntRange(0), help="Examples shown.")
 @chosen
@@ -59,8 +85,9 @@ def feature(number: int, examples: int, study: str, dictionary: str, json_: bool
     from pipelines.console import print_json
     from pipelines.summary import show_feature
 
-    card = open_atlas(study, dictionary).feature(number)
-    print_json(card) if json_ else show_feature(card, examples)
+    atlas = open_atlas(study, dictionary)
+    card = atlas.feature(number)
+    print_json(card) if json_ else show_feature(card, examples, atlas.beats_control)
 
 
 @click.command()
@@ -70,7 +97,7 @@ def feature(number: int, examples: int, study: str, dictionary: str, json_: bool
 @as_json
 def explain(text: str, top: int, study: str, dictionary: str, json_: bool) -> None:
     """Which features fire on TEXT, token by token."""
-    from pipelines.console import out, print_json, table
+    from pipelines.console import doubted, out, print_json, table
 
     atlas = open_atlas(study, dictionary)
     tokens = atlas.explain(open_model(atlas), text, top)
@@ -79,7 +106,8 @@ def explain(text: str, top: int, study: str, dictionary: str, json_: bool) -> No
         return
     for token in tokens:
         out.print(f"\n{token.token!r}", style="bold", markup=False)
-        out.print(table(("feature", "activation", "label"), [(f.feature, f.value, f.label) for f in token.features]))
+        rows = [(f.feature, f.value, doubted(f.label, atlas.beats_control(f.feature))) for f in token.features]
+        out.print(table(("feature", "activation", "label"), rows))
 
 
 @click.command()

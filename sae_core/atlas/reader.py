@@ -72,6 +72,10 @@ class Atlas:
         """The feature's label, or its lexical label where none was written; empty before labels are made."""
         return self._names[feature].as_py() if self._names is not None else ""
 
+    def beats_control(self, feature: int) -> bool | None:
+        """Whether the label did better than another feature's; None where it was not scored."""
+        return self._columns_of_features().beats_control[feature].as_py()
+
     def search(
         self, query: str, limit: int = 20, filters: Filters = ALL, sort: str = "relevance", offset: int = 0
     ) -> list[Hit]:

@@ -12,6 +12,7 @@
     estimate      what labels would cost, before the first request
     carry         labels that a retrained dictionary takes over from the one before
     build         the stage: labels.parquet and attempts.jsonl
+    labelers      several of the same features: which is current, and two of them side by side
     reader        `Labels`, the one reader of the table
 
 Reading needs no client, so `build_labels` is loaded when it is first asked for.

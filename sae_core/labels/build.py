@@ -23,6 +23,7 @@ from sae_core.labels import prompts
 from sae_core.labels.carry import Previous, carry_over, held_before
 from sae_core.labels.endpoint import label_writer
 from sae_core.labels.labeler import Labeler, Outcome, Record
+from sae_core.labels.labelers import Earlier, keep_earlier
 from sae_core.labels.lexical import lexical_label
 from sae_core.labels.reader import ATTEMPTS, LABELS, SCHEMA, LabelError, LabelRow, Labels
 from sae_core.labels.scoring.items import Ground, Scored
@@ -39,7 +40,7 @@ _SHOWN = 10  # labels in the summary
 def build_labels(
     settings: LabelSettings, features: Path, folder: Path, report: Report = silent, api_key: str | None = None,
     only: Sequence[int] = (), finished: Path | None = None, ground: Ground | None = None,
-    previous: Previous | None = None,
+    previous: Previous | None = None, earlier: Earlier | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write `labels.parquet` (a row for every feature) and add to `attempts.jsonl`, in `folder`.
 
@@ -57,6 +58,7 @@ def build_labels(
         ground: what labels are scored with; without it none is.
         previous: the generation before, whose labels of kept features are taken over: scored again, and asked for
             again only when one that beat its control does so no longer.
+        earlier: labels of the same features, whose labelers' tables are kept (see `labelers`).
 
     Returns:
         Numbers of features by status, the share `labeled` of those to be asked about and `failed` of those that were,
@@ -72,6 +74,8 @@ def build_labels(
     """
     source = Features.open(features)
     chosen = choose(source, settings, only)
+    if earlier:
+        keep_earlier(earlier, folder)
     if finished:
         _copy_attempts(finished, folder)
     start = time.monotonic()
@@ -259,7 +263,13 @@ def _summary(source: Features, settings: LabelSettings, rows: Sequence[LabelRow]
         "completion_tokens": sum(row.completion_tokens for row in rows),
         "dollars": None if None in costs else sum(cost or 0.0 for cost in costs),
         "examples": [
-            {"feature": row.feature, "label": row.label, "description": row.description, "example": _shown(source, row)}
+            {
+                "feature": row.feature,
+                "label": row.label,
+                "description": row.description,
+                "example": _shown(source, row),
+                "beats_control": row.beats_control,
+            }
             for row in written[:_SHOWN]
         ],
     } | _score_summary(written)

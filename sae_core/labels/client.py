@@ -64,6 +64,13 @@ class Completion(NamedTuple):
     """When it was there: ISO 8601, UTC."""
     cached: bool = False
     """True when it came from the cache, and took nothing now."""
+    logprobs: list[tuple[str, dict[str, float]]] | None = None
+    """Each token of the answer, and the log-probabilities of what might stand there; None where they were not asked
+    for, or the server gives none."""
+
+    def told(self) -> dict[str, Any]:
+        """All of it but the log-probabilities, which are many."""
+        return {key: value for key, value in self._asdict().items() if key != "logprobs"}
 
     @property
     def usage(self) -> Usage:
@@ -193,7 +200,8 @@ class ChatClient:
             raise RequestFailed("the answer holds no text", usage)
         text, seconds = response.choices[0].message.content[:LONGEST], time.monotonic() - start
         now = datetime.now(UTC).isoformat("T", "seconds")
-        return Completion(text, *usage, requests, round(seconds, 3), now)
+        logprobs = _logprobs(response) if parameters.get("logprobs") else None
+        return Completion(text, *usage, requests, round(seconds, 3), now, logprobs=logprobs)
 
     async def _ask(self, messages: Sequence[Message], parameters: dict[str, Any]) -> tuple[Any, int]:
         """What the server sends back, whatever it is, and how many requests that took."""
@@ -221,9 +229,10 @@ class ChatClient:
                 turn += 1
 
     def _taken(self, parameters: dict[str, Any]) -> dict[str, Any]:
-        """The parameters without those that the server refused; one bound of the length has two names."""
+        """The parameters, less empty ones and those that the server refused; one bound of the length has two names."""
         renamed = {"max_completion_tokens": parameters["max_tokens"]} if "max_tokens" in self._refused else {}
-        return {key: value for key, value in (parameters | renamed).items() if key not in self._refused}
+        given = {key: value for key, value in (parameters | renamed).items() if value is not None}
+        return {key: value for key, value in given.items() if key not in self._refused}
 
     def _sort(self, error: Exception) -> LabelError:
         """Whether an error is one request's or the endpoint's."""
@@ -246,6 +255,17 @@ class ChatClient:
     def _say(self, error: openai.OpenAIError) -> str:
         """The error on one line, never with the key in it."""
         return " ".join(str(error).split()).replace(self._sdk.api_key, "***")[:300]
+
+
+def _logprobs(response: ChatCompletion) -> list[tuple[str, dict[str, float]]] | None:
+    """See `Completion.logprobs`."""
+    told = response.choices[0].logprobs
+    if told is None or not told.content:
+        return None
+    return [  # the SDK lets what is missing through, as None
+        (at.token or "", {o.token: o.logprob for o in at.top_logprobs or () if o.token and o.logprob is not None})
+        for at in told.content
+    ]
 
 
 def _usage(response: ChatCompletion) -> Usage:

@@ -19,7 +19,7 @@ BYTES_PER_TOKEN = 3.3
 """Of a prompt, chat template included: 2,070 bytes a feature are 630 tokens to Qwen 2.5 on `quickstart`."""
 _ANSWER = '{{"label": "names of the week {}", "description": "Weekdays.", "kind": "input", "confidence": 0.9}}'
 _ANSWER_TOKENS = 40  # what the label writers tried so far take on average
-_JUDGED_TOKENS = 25  # of an answer that lists half of a question's texts
+_JUDGED_SHARE = 0.3  # of the bound of a judge's answer: one that lists half of the texts
 
 
 class Estimate(NamedTuple):
@@ -52,8 +52,9 @@ class Rehearsal(ChatClient):
             self.found.add(path)
             return kept
         size = sum(len(message["content"].encode()) for message in messages)
-        self.bought[path] = Usage(round(size / BYTES_PER_TOKEN), _JUDGED_TOKENS if parameters else _ANSWER_TOKENS)
-        return Completion(_ANSWER.format(len(self.bought)), *self.bought[path])
+        written = _JUDGED_SHARE * parameters["max_tokens"] if parameters else _ANSWER_TOKENS
+        self.bought[path] = Usage(round(size / BYTES_PER_TOKEN), round(written))
+        return Completion(_ANSWER.format(len(self.bought)), *self.bought[path], logprobs=[])
 
 
 async def _rehearse(rehearsal: Rehearsal, source: Features, chosen: Sequence[int], settings: LabelSettings) -> None:

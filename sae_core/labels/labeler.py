@@ -9,7 +9,7 @@ from sae_core.features import Features
 from sae_core.labels.budget import BudgetReached
 from sae_core.labels.client import ChatClient, Completion, EndpointDown, EndpointError, RequestFailed
 from sae_core.labels.prices import NOTHING, Usage
-from sae_core.labels.prompts import Answer, BadAnswer, Message, ask, ask_again, choose_examples, read_answer
+from sae_core.labels.prompts import Answer, BadAnswer, Message, ask, ask_again, choose_examples, contrast, read_answer
 from sae_core.progress import Report
 from sae_core.study import LabelSettings
 
@@ -103,7 +103,7 @@ class Labeler:
                 return self._paid(outcome, failure.usage)._replace(error=str(failure))
             self._failures, self._answered = 0, self._answered or not completion.cached
             outcome = self._read(outcome, completion)
-            self._note(feature, turn, completion.usage, outcome.error, **completion._asdict())
+            self._note(feature, turn, completion.usage, outcome.error, **completion.told())
             if outcome.answer:
                 break
             messages = ask_again(messages, completion.text, outcome.error)
@@ -113,7 +113,9 @@ class Labeler:
         """The examples to show, and what is asked about them."""
         examples = self.features.examples(feature)
         indices = choose_examples(examples, self.settings.examples, self.settings.seed)
-        return indices, ask(self.features.feature(feature), [examples[i] for i in indices])
+        row = self.features.feature(feature)
+        silent = contrast(self.features, row, self.settings.contrast)
+        return indices, ask(row, [examples[i] for i in indices], silent)
 
     def _settle(self, feature: int) -> bool:
         """Count the answers about a feature that are kept already; whether they are all that it wants."""

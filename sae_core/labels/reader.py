@@ -12,6 +12,7 @@ from sae_core.errors import MindAtlasError
 
 LABELS = "labels.parquet"
 ATTEMPTS = "attempts.jsonl"
+LABELERS = "labelers"
 
 Status = Literal["written", "failed", "lexical", "dead"]
 
@@ -50,11 +51,16 @@ class LabelError(MindAtlasError):
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How well a label tells texts in which its feature fires from others. 0.5 is chance, 1 is all right."""
+    """How well a label tells texts in which its feature fires from others.
+
+    0.5 is chance, 1 is all right; of specificity and of simulation, 0 is nothing.
+    """
 
     scorer: str
     """`embedding`: AUC of the similarity of label and text. `detection`, `fuzzing`: balanced accuracy of a judge that
-    is asked which texts the label fits, or in which texts the right tokens are marked."""
+    is asked which texts the label fits, or in which texts the right tokens are marked. `specificity`: mean of the
+    judge's ratings of the marked tokens, 0 (the label has nothing to do with the text) to 3 (it says cleanly what is
+    marked). `simulation`: Pearson's correlation of the values that the judge expects on tokens with the true ones."""
     score: float | None
     """None where the judge answered nothing that can be read."""
     low: float | None
@@ -132,13 +138,13 @@ class LabelRow:
 class Labels:
     """The labels of all features of a dictionary."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / LABELS
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     @classmethod
     def open(cls, folder: Path) -> "Labels":
         """The labels in `folder`. Raises LabelError when there are none."""
-        found = cls(folder)
+        found = cls(folder / LABELS)
         if not found.path.is_file():
             raise LabelError(f"{found.path} is missing: make the labels again with `mind-atlas run`")
         return found

@@ -127,6 +127,13 @@ def test_chosen_features_are_labeled_after_a_look_at_the_cost(
     assert len(httpserver.log) == 3
     assert command("run", "tiny").stderr.count(": cached") == len(VERSIONS)
     assert json.loads(command("feature", str(number), "--json").stdout)["name"] == "a thing"
+    study.write_text(study.read_text("utf-8").replace('model = "m"', 'model = "other"'), "utf-8")
+    command("run", "tiny")
+    found = json.loads(command("labels", "--json").stdout)
+    assert [(one["model"], one["written"]) for one in found["labelers"]] == [("other", 2), ("m", 3)]
+    assert all(label["scores"] for label in found["labels"])
+    beside = command("labels", "--against", found["labelers"][1]["name"]).stdout
+    assert "2 features have both labels, 2 of them the same one" in beside
 
 
 def test_a_dictionary_is_exported_and_made_again_from_the_export(home: Path, tiny_study: Path, tmp_path: Path):
@@ -262,6 +269,7 @@ def test_help_lists_the_commands():
         "dictionaries",
         "features",
         "feature",
+        "labels",
         "explain",
         "steer",
         "export",

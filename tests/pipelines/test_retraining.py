@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from assets.partitions import STUDIES
-from pipelines.run import plan
+from pipelines.run import materialize, plan
 from sae_core.artifacts import ATLAS, ArtifactError
 from sae_core.atlas import Atlas
 from sae_core.generations import generations, outdated, roll_back, served
@@ -43,6 +43,10 @@ def test_a_corpus_gone_bad_is_refused_once_and_readers_see_the_old_atlas_whole(p
     assert place.refresh()[ATLAS] == "refused"  # and not tried again
     assert Atlas(place.store, SLUG).feature(0) == before
     assert served(place.store, SLUG).get("features", SLUG) != place.store.get("features", SLUG)
+    labels = place.store.get("labels", SLUG).folder.stat().st_mtime_ns
+    with pytest.raises(Exception, match="for a retraining that is not served"):
+        materialize("labels", SLUG, STUDIES.get("tiny"), place.workshop, place.instance, "CRITICAL", only=[1])
+    assert place.store.get("labels", SLUG).folder.stat().st_mtime_ns == labels
     for name, text in good.items():
         place.write(name, text)
     folder = served(place.store, SLUG).get("dictionary", SLUG).folder

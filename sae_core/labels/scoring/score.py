@@ -15,16 +15,19 @@ from jaxtyping import Float
 from sae_core.features import Example, Features
 from sae_core.features.reader import Sample
 from sae_core.labels.client import ChatClient
+from sae_core.labels.prompts import contrast
 from sae_core.labels.reader import LabelRow, Score
 from sae_core.labels.scoring.embedding import Embedder, joined
 from sae_core.labels.scoring.items import Answers, Ground, Item, Names, Scored, Trial, as_item, negatives, positives
-from sae_core.labels.scoring.judge import TASKS, Judge, Record, Task
-from sae_core.labels.scoring.metrics import Pairs, accuracy_pairs, auc_pairs, bootstrap
+from sae_core.labels.scoring.judge import KINDS, Judge, Record, Task, asked_about
+from sae_core.labels.scoring.metrics import Pairwise, accuracy_pairs, auc_pairs, rating_pairs
+from sae_core.labels.scoring.simulation import Correlation
 from sae_core.language_model import LanguageModel
 from sae_core.neighbors import NEIGHBORS
 from sae_core.progress import Report
 from sae_core.study import LabelSettings
 
+_PAIRS = {"embedding": auc_pairs, "specificity": rating_pairs}  # all others: accuracy_pairs
 LEAST = 4
 """Texts in which the feature fires, from fewer of which no score is made."""
 _OVERFETCH = 32  # windows looked at for each example, of which those are taken in which the feature does not fire
@@ -68,7 +71,7 @@ async def score_labels(
 
 def tasks_of(settings: LabelSettings) -> list[Task]:
     """What the judge is asked to do."""
-    return [task for task in TASKS if task in settings.scorers]
+    return [task for task in KINDS if task in settings.scorers]
 
 
 def _fields(trial: Trial, scores: Sequence[Score]) -> dict[str, Any]:
@@ -131,10 +134,11 @@ class Scorer:
     def _items(self, row: LabelRow) -> list[Item]:
         examples = self.features.examples(row.feature)
         seed = self.settings.seed * 1_000_003 + row.feature
-        chosen = positives(examples, row.examples, self.settings.score_examples, seed)
+        others = contrast(self.features, self.features.feature(row.feature), self.settings.contrast)
+        seen = {example.document for example in (*(examples[i] for i in row.examples), *others)}
+        chosen = positives(examples, seen, self.settings.score_examples, seed)
         if not chosen:
             return []
-        seen = {examples[i].document for i in row.examples}
         neighbors = self.neighbors(row.feature)
         silent = negatives(self.sample, row.feature, neighbors, chosen, seen, self.nearest, seed)
         items = [*map(as_item, chosen), *silent]
@@ -161,27 +165,27 @@ def shuffled_from(row: LabelRow, written: Sequence[LabelRow], seed: int) -> Labe
 
 def score(trial: Trial, answers: Answers, n_levels: int) -> Score:
     """What the answers are worth."""
-    fires = np.array([item.fires for item in trial.items])
-    own = answers.says["own"]
+    asked = asked_about(trial, answers.scorer)
+    items = [trial.items[i] for i in asked]
+    said = {kind: says[asked] for kind, says in answers.says.items()}
+    measure = _measure(answers.scorer, items)
 
     def worth(kind: str, kept: Callable[[Item], bool] = lambda item: True) -> float | None:
         """What one of the names gets on some of the texts."""
-        if (says := answers.says.get(kind)) is None:
-            return None
-        some = np.array([kept(item) for item in trial.items])
-        pairs = _pairs(answers.scorer, says[some], fires[some])
-        return float(pairs.mean()) if pairs.size else None
+        return measure.mean(said[kind], np.array([kept(item) for item in items])) if kind in said else None
 
     def against(stratum: str) -> float | None:
-        return worth("own", lambda item: item.fires or item.stratum == stratum)
+        some = any(item.stratum == stratum for item in items)
+        return worth("own", lambda item: item.fires or item.stratum == stratum) if some else None
 
-    interval = bootstrap(_pairs(answers.scorer, own, fires))
+    low, high = measure.interval(said["own"])
+    margin = measure.interval(said["own"], said["shuffled"]).low if "shuffled" in said else math.nan
+    n_firing = sum(item.fires for item in items)
     return Score(
-        answers.scorer, worth("own"), _finite(interval.low), _finite(interval.high), worth("shuffled"),
-        worth("lexical"), _margin_low(answers, fires), against("random"), against("nearest"), against("neighbor"),
+        answers.scorer, worth("own"), _finite(low), _finite(high), worth("shuffled"), worth("lexical"), _finite(margin),
+        against("random"), against("nearest"), against("neighbor"),
         [worth("own", lambda item, i=i: item.level in (0, i)) for i in range(1, n_levels + 1)],  # type: ignore[misc]
-        float(np.isnan(own).mean()), int(fires.sum()), int((~fires).sum()), answers.prompt_tokens,
-        answers.completion_tokens,
+        _failed(said["own"]), n_firing, len(items) - n_firing, answers.prompt_tokens, answers.completion_tokens,
     )  # fmt: skip
 
 
@@ -192,18 +196,16 @@ def beats_control(scores: Sequence[Score]) -> bool | None:
     return None if first is None or first.margin_low is None else first.margin_low > 0
 
 
-def _pairs(scorer: str, says: Float[np.ndarray, " texts"], fires: np.ndarray) -> Pairs:
-    return (auc_pairs if scorer == "embedding" else accuracy_pairs)(says, fires)
+def _measure(scorer: str, items: list[Item]) -> Pairwise | Correlation:
+    """How a scorer's answers are made into a score."""
+    if scorer == "simulation":
+        return Correlation(items)
+    return Pairwise(_PAIRS.get(scorer, accuracy_pairs), np.array([item.fires for item in items]))
 
 
-def _margin_low(answers: Answers, fires: np.ndarray) -> float | None:
-    """See `Score.margin_low`: on the texts that were answered under both names."""
-    if "shuffled" not in answers.says:
-        return None
-    own, shuffled = answers.says["own"], answers.says["shuffled"]
-    both = np.isfinite(own) & np.isfinite(shuffled)
-    own, shuffled, fires = own[both], shuffled[both], fires[both]
-    return _finite(bootstrap(_pairs(answers.scorer, own, fires) - _pairs(answers.scorer, shuffled, fires)).low)
+def _failed(says: Float[np.ndarray, "texts ..."]) -> float:
+    """Share of the texts of which nothing was said that can be read."""
+    return float(np.isnan(says.reshape(len(says), -1)).all(1).mean())
 
 
 def _finite(value: float) -> float | None:

@@ -13,6 +13,7 @@ from sae_core.labels.prompts import (
     ask,
     ask_again,
     choose_examples,
+    contrast,
     mark,
     read_answer,
 )
@@ -78,7 +79,16 @@ def test_what_all_prompts_share_stands_first(features):
 def test_the_question_holds_what_the_feature_fires_on_and_what_it_makes_likely(features):
     question = ask(features.feature(0), features.examples(0)[:1])[-1]["content"]
     assert 'fires on: " planet" 50%, "Planet" 20%, " Mars" 10%\n' in question
-    assert 'makes likely: " orbit", " Orbit", "moon"\n' in question
+    assert 'makes likely: " orbit", " Orbit", "moon"\nmakes unlikely: " the"\n' in question
+
+
+def test_texts_in_which_it_does_not_fire_follow_unmarked_where_they_are_asked_for(features):
+    row, shown = features.feature(0), features.examples(0)[:1]
+    assert contrast(features, row, 0) == []
+    silent = Example(0, 0, "silent", 0.0, 9, 0, 1, [" the", " planet", " hotel"], [0.0] * 3)
+    question = ask(row, shown, [silent])[-1]["content"]
+    assert question.startswith(ask(row, shown)[-1]["content"])
+    assert question.endswith("\n<silent>\n the planet hotel\n</silent>")
 
 
 def test_the_repair_turn_says_what_was_wrong_and_quotes_little_of_it(features):

@@ -34,15 +34,15 @@ def draw(chosen: list[Example], seen: frozenset[int] = frozenset()) -> list[Item
 
 
 def test_positives_come_from_documents_that_were_not_shown_and_over_all_levels():
-    chosen = positives(EXAMPLES, shown=[0, 3], count=5, seed=0)
+    chosen = positives(EXAMPLES, seen={0, 3}, count=5, seed=0)
     assert {e.document for e in chosen}.isdisjoint({0, 3})
     assert [e.level for e in chosen] == [5, 4, 3, 2, 1]
-    assert [e.level for e in positives(EXAMPLES, [0, 3], 99, 0)] == [5, 4, 3, 2, 1, 5, 1, 1]
-    assert positives(EXAMPLES, range(10), 5, 0) == []
+    assert [e.level for e in positives(EXAMPLES, {0, 3}, 99, 0)] == [5, 4, 3, 2, 1, 5, 1, 1]
+    assert positives(EXAMPLES, set(range(10)), 5, 0) == []
 
 
 def test_a_second_example_of_a_shown_document_is_not_used():
-    assert positives([example(1, 5), example(1, 4), example(2, 3)], shown=[0], count=9, seed=0) == [example(2, 3)]
+    assert positives([example(1, 5), example(1, 4), example(2, 3)], seen={1}, count=9, seed=0) == [example(2, 3)]
 
 
 def test_negatives_are_of_three_strata_and_the_feature_fires_in_none():
@@ -52,6 +52,12 @@ def test_negatives_are_of_three_strata_and_the_feature_fires_in_none():
     assert found[0].marked in ([False, True, False, False], [False, False, True, False])  # windows 2 and 3 of 8
     assert found[1].marked == [True, False, False, False]  # each neighbor gives one before any gives a second
     assert [sum(item.marked) for item in found[2:]] == [1] * 4  # as many as in the examples, whose 0.2 is no mark
+
+
+def test_a_silent_text_turns_on_a_marked_token_where_a_firing_one_has_its_peak():
+    found = draw(EXAMPLES[:6])
+    assert all(item.marked[item.place] for item in found)
+    assert [item.place for item in found[2:]] == [1] * 4
 
 
 def test_negatives_take_no_document_that_the_writer_saw():

@@ -4,15 +4,16 @@ import pytest
 
 from sae_core.labels.prompts import BadAnswer
 from sae_core.labels.scoring.embedding import joined
-from sae_core.labels.scoring.items import Item
-from sae_core.labels.scoring.judge import ask, read, show
+from sae_core.labels.scoring.items import SHOWN, Item, Names, Trial
+from sae_core.labels.scoring.judge import ask, questions, read, show
 
 ITEM = Item([" the", " Mon", "day", " <<b>>", "\n", "</texts>"], [False, True, True, False, False, False], 3)
 
 
 def test_tokens_are_marked_for_fuzzing_only_and_no_text_passes_for_a_mark_or_a_tag():
-    assert show(ITEM, "fuzzing") == " the<< Monday>> < <b> >⏎< /texts>"
-    assert show(ITEM, "detection") == " the Monday < <b> >⏎< /texts>"
+    assert show(ITEM, "fuzzing") == show(ITEM, "specificity") == [" the<< Monday>> < <b> >⏎< /texts>"]
+    assert show(ITEM, "detection") == [" the Monday < <b> >⏎< /texts>"]
+    assert show(ITEM, "simulation") == ['" the"', '" Mon"', '"day"', '" < <b> >"', '"⏎"', '"< /texts>"']
 
 
 def test_questions_about_one_batch_differ_only_in_the_name_at_their_end():
@@ -33,7 +34,14 @@ def test_a_name_cannot_end_its_line_or_the_texts():
      ('{"a": 1} {"texts": [2, 2]}', [False, True, False])],
 )  # fmt: skip
 def test_an_answer_lists_texts(text, wanted):
-    assert read(text, 3) == wanted
+    assert read("detection", text, 3) == wanted
+
+
+def test_ratings_are_as_many_as_the_texts_and_from_0_to_3():
+    assert read("specificity", 'Here: {"ratings": [3, 0, 2]}', 3) == [3, 0, 2]
+    for text in ('{"ratings": [3, 0]}', '{"ratings": [3, 0, 4]}', '{"ratings": [3, 0, true]}', '{"texts": [1, 2, 3]}'):
+        with pytest.raises(BadAnswer, match="3 numbers from 0 to 3"):
+            read("specificity", text, 3)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +51,29 @@ def test_an_answer_lists_texts(text, wanted):
 )  # fmt: skip
 def test_an_answer_that_lists_no_texts_is_none(text):
     with pytest.raises(BadAnswer, match="1 to 3"):
-        read(text, 3)
+        read("fuzzing", text, 3)
+
+
+LONG = [f" {letter}" for letter in "abcdefghijklmnopqrstuvwxyzABCDEF"]
+
+
+@pytest.mark.parametrize("place", [0, 5, 13, 20, 31])
+def test_a_long_text_is_shown_around_its_place_and_all_are_equally_long(place):
+    item = Item(LONG, [i == place for i in range(32)], 1, place=place)
+    (text,) = show(item, "fuzzing")
+    assert f"<< {LONG[place].strip()}>>" in text
+    assert len(show(item, "simulation")) == SHOWN == len(text.replace("<<", "").replace(">>", "").split())
+
+
+def test_a_question_s_texts_are_in_batches_of_like_size_and_each_is_asked_about_once_under_each_name():
+    items = [Item(["a"], [True], level) for level in [1] * 26 + [0] * 26]
+    trial = Trial(0, Names("own", None, "lexical"), None, items)
+    asked = list(questions(trial, "detection"))
+    assert [len(batch) for batch, *_ in asked] == [18, 18, 17, 17, 17, 17]
+    assert sorted(i for batch, name, *_ in asked if name == "own" for i in batch) == list(range(52))
+    rated = {i for batch, *_ in questions(trial, "specificity") for i in batch}
+    assert rated == set(range(26))  # where it fires: the rest has no marked tokens that a name could be specific to
+    assert {i for batch, *_ in questions(trial, "simulation") for i in batch} == {*range(5), *range(26, 31)}
 
 
 def test_a_character_in_several_tokens_is_put_together_again():

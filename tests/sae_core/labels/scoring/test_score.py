@@ -37,8 +37,18 @@ def by_rule(planted: SimpleNamespace) -> Any:
         lines = question.splitlines()
         rule = planted.rules.get(json.loads(lines[-1].removeprefix("name: ")), "(?!)")
         texts = [line.partition(": ")[2] for line in lines[1:-2]]
+        if "logprobs" in body:
+            digits = [9 if re.search(rule, json.loads(token)) else 0 for token in texts]
+            told = [part for i, digit in enumerate(digits, 1) for part in (f"{i}", ":", f" {digit}", "\n")]
+            content = [{"token": t, "logprob": 0.0, "top_logprobs": [{"token": t, "logprob": 0.0}]} for t in told]
+            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "".join(told)}}
+            handler.answer("", choices=[choice | {"logprobs": {"content": content}}])
+            return
         fits = [all(re.search(rule, part) for part in re.findall("<<(.*?)>>", text) or [text]) for text in texts]
-        handler.answer(json.dumps({"texts": [i for i, fit in enumerate(fits, 1) if fit]}))
+        if "ratings" in body["messages"][0]["content"]:
+            handler.answer(json.dumps({"ratings": [3 * fit for fit in fits]}))
+        else:
+            handler.answer(json.dumps({"texts": [i for i, fit in enumerate(fits, 1) if fit]}))
 
     return answer
 
@@ -85,6 +95,43 @@ def test_a_judge_that_knows_the_truth_gives_true_labels_all_and_shuffled_ones_ch
         assert fields["beats_control"]
 
 
+def test_specificity_and_simulation_are_made_when_asked_for_with_controls_and_levels(
+    endpoint, by_rule, planted, ground, rows
+):
+    endpoint.behavior = by_rule
+    settings = LabelSettings(model="m", base_url=endpoint.url, scorers=["specificity", "simulation"])
+    notes: list[dict[str, Any]] = []
+    found = scored(settings, planted, ground, rows, notes=notes)
+    for fields in found.values():
+        specificity, simulation = fields["scores"]
+        assert (specificity.scorer, specificity.score, specificity.shuffled, specificity.lexical) == (
+            "specificity", 3.0, 0.0, 0.0,
+        )  # fmt: skip
+        assert specificity.levels == [3.0] * 5
+        assert (specificity.n_firing, specificity.n_silent, specificity.random) == (11, 0, None)
+        assert (simulation.scorer, simulation.n_firing, simulation.n_silent) == ("simulation", 5, 5)
+        assert simulation.score == pytest.approx(1.0)  # values are 8 where the rule matches, and 0 elsewhere
+        assert simulation.shuffled <= 0.2
+        assert (simulation.lexical, simulation.failed) == (0.0, 0.0)
+        assert simulation.low == pytest.approx(1.0)
+        assert simulation.margin_low > 0
+        assert fields["beats_control"] is None  # of detection, fuzzing and embedding
+    assert not any("logprobs" in note for note in notes)
+    asked = len(endpoint.requests)
+    assert scored(settings, planted, ground, rows) == found
+    assert len(endpoint.requests) == asked  # log-probabilities are kept with the answer
+
+
+def test_a_server_without_log_probabilities_is_asked_for_a_simulation_once(endpoint, planted, ground, rows):
+    endpoint.behavior = lambda h, b: h.answer("1: 0\n2: 9")
+    settings = LabelSettings(model="m", base_url=endpoint.url, scorers=["simulation"])
+    notes: list[dict[str, Any]] = []
+    found = scored(settings, planted, ground, rows, notes=notes)
+    assert {fields["scores"][0].score for fields in found.values()} == {None}
+    assert len(endpoint.requests) <= 2  # two features are judged at once
+    assert "log-probabilities" in notes[0]["error"]
+
+
 def test_a_wrong_label_does_not_beat_its_control(endpoint, by_rule, planted, ground, rows):
     endpoint.behavior = by_rule
     names = list(planted.rules)
@@ -104,8 +151,16 @@ def test_texts_are_none_that_the_writer_saw_and_every_question_is_recorded(endpo
     asked = "\n".join(request["messages"][-1]["content"] for request in endpoint.requests)
     plain = re.sub("<<|>>", "", asked)
     assert any(text in plain for text in unseen)
-    assert len(notes) == len(endpoint.requests) == 5 * 2 * 3
+    assert len(notes) == len(endpoint.requests) == 5 * 3
     assert {note["name"] for note in notes if note["scorer"] == "fuzzing"} == {"own", "shuffled", "lexical"}
+
+
+def test_texts_shown_as_contrast_are_held_against_no_label(endpoint, by_rule, planted, ground, rows, monkeypatch):
+    endpoint.behavior = by_rule
+    monkeypatch.setattr(Features, "silent", lambda self, feature, tokens, limit: self.examples(feature)[3 : 3 + limit])
+    settings = LabelSettings(model="m", base_url=endpoint.url, scorers=["detection"], contrast=5)
+    found = scored(settings, planted, ground, rows)
+    assert {fields["scores"][0].n_firing for fields in found.values()} == {6}  # 14, less 3 shown and 5 as contrast
 
 
 def test_answers_that_cannot_be_read_are_counted_and_make_no_score(endpoint, by_rule, planted, ground, rows):
@@ -142,7 +197,7 @@ def test_the_table_keeps_the_scores_and_a_second_run_asks_nothing(endpoint, by_r
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         summaries.append(build_labels(settings, planted.folder, tmp_path / name, ground=ground))
-    assert len(endpoint.requests) == 5 + 5 * 2 * 2 * 3
+    assert len(endpoint.requests) == 5 + 5 * 2 * 3
     assert (tmp_path / "a/labels.parquet").read_bytes() == (tmp_path / "b/labels.parquet").read_bytes()
     assert (summaries[0]["scored"], summaries[0]["beats_control"]) == (1.0, 1.0)
     assert summaries[0]["scores"]["detection"]["score"] == [1.0] * 5

@@ -1,0 +1,327 @@
+"""Labels and scores beside delphi's: how many tokens each reads for a feature, and how well the labels score.
+
+    pip download --no-deps eai-delphi==0.1.3 && unzip eai_delphi-0.1.3-py3-none-any.whl -d delphi
+    python benchmarks/delphi.py --delphi delphi --atlas ATLAS                  tokens of 50 features, by part
+    python benchmarks/delphi.py --delphi delphi --atlas ATLAS --compare 50     the scores, by the local model
+
+delphi's prompts are those of its own modules, filled in as its scorers do at its default settings (40 examples for a
+label; for detection and fuzzing 50 texts each in which the feature fires and 50 in which it does not, five a question,
+windows of 32 tokens). Ours judge as many texts. A text that is missing to fill these numbers is taken again, which
+changes no count of tokens. Tokens are those of a real tokenizer with its chat template, for the label and no control.
+
+`--compare` labels N features with both prompts, and has the same model judge the same texts (`--texts`, at most so many
+on each side) both ways. On two cores with the local model that takes about two minutes a feature; `--base-url` and
+`--model` name an endpoint (its key in OPENAI_API_KEY). Answers are kept in the cache: what was stopped goes on.
+"""
+
+import argparse
+import asyncio
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+from sae_core.artifacts import ArtifactStore  # noqa: E402
+from sae_core.features import Example, Features  # noqa: E402
+from sae_core.labels import Labels, build_labels, prompts  # noqa: E402
+from sae_core.labels.build import choose_features  # noqa: E402
+from sae_core.labels.client import ChatClient, RequestFailed  # noqa: E402
+from sae_core.labels.endpoint import label_writer  # noqa: E402
+from sae_core.labels.lexical import lexical_label  # noqa: E402
+from sae_core.labels.reader import LabelRow  # noqa: E402
+from sae_core.labels.scoring.items import Ground, Item, Names, Trial  # noqa: E402
+from sae_core.labels.scoring.judge import ask, questions, read  # noqa: E402
+from sae_core.labels.scoring.metrics import accuracy_pairs  # noqa: E402
+from sae_core.labels.scoring.score import Scorer  # noqa: E402
+from sae_core.progress import silent  # noqa: E402
+from sae_core.study import LabelSettings, ModelSettings  # noqa: E402
+
+SHOWN, JUDGED, A_QUESTION = 40, 50, 5
+"""delphi's defaults: examples for a label, texts on each side of a score, texts a question."""
+PRICES = {"$0.10 and $0.40": (0.10, 0.40), "$2.50 and $10": (2.50, 10.0)}
+"""Dollars a million tokens read and written."""
+LABEL, OTHER = "names of the days of the week", "opening parentheses before a year"
+SENTENCE = "Names of the days of the week, often after a preposition or before a part of the day."
+"""A label of ours and one of delphi's, which is a sentence, where only tokens are counted."""
+DEFAULT = "ours, by default with both controls"
+WRITTEN = {"ours": 40 + 2 * 4 * 45, "delphi": 60 + 2 * 20 * 12, DEFAULT: 40 + 2 * 3 * 45}
+"""Tokens of the answers: a label, and lists of numbers. Of ours 45 a question of 25 texts, half of them listed."""
+TASKS = ("detection", "fuzzing")
+
+
+Messages = list[dict[str, str]]
+
+
+class Delphi(NamedTuple):
+    """Its prompts."""
+
+    label: Callable[..., Messages]
+    detection: Callable[..., Messages]
+    fuzzing: Callable[..., Messages]
+
+    @classmethod
+    def load(cls, folder: Path) -> "Delphi":
+        """From the unpacked wheel, of which only the modules of prompts are run: they need no other library."""
+        sys.path[:0] = [str(folder / "delphi/explainers"), str(folder / "delphi/scorers/classifier")]
+        from default.prompt_builder import build_prompt
+        from prompts.detection_prompt import prompt as detection
+        from prompts.fuzz_prompt import prompt as fuzzing
+
+        return cls(build_prompt, detection, fuzzing)
+
+    def ask_label(self, examples: Sequence[Example], maximum: float) -> Messages:
+        """As its default explainer asks."""
+        lines = [line for example in examples for line in (_highlighted(example), _strengths(example, maximum))]
+        return self.label(examples="\n".join(lines), activations=True, cot=False)
+
+    def ask(self, task: str, items: Sequence[Item], name: str) -> Messages:
+        """As its scorers ask about one batch."""
+        texts = (_whole(item, task == "fuzzing") for item in items)
+        numbered = "\n".join(f"Example {i}: {text}" for i, text in enumerate(texts))
+        return getattr(self, task)(examples=numbered, explanation=name)
+
+
+def _whole(item: Item, marks: bool) -> str:
+    return prompts.marked(item.tokens, item.marked if marks else [False] * len(item.tokens))
+
+
+def _highlighted(example: Example) -> str:
+    least = prompts.MARK_SHARE * max(example.acts)
+    return prompts.marked(example.tokens, [act > least for act in example.acts])
+
+
+def _strengths(example: Example, maximum: float) -> str:
+    """Its line of activations: tenths of the feature's maximum, rounded up, of at most eleven tokens."""
+    least = prompts.MARK_SHARE * max(example.acts)
+    strong = [(token, act) for token, act in zip(example.tokens, example.acts, strict=True) if act > least][:11]
+    return "Activations: " + "".join(f'("{token}" : {math.ceil(10 * act / maximum)}), ' for token, act in strong)
+
+
+# ---- tokens
+
+
+def count(features: Features, neighbors: Path, delphi: Delphi, tokenizer: str, n: int) -> dict[str, Any]:
+    """Tokens read for a feature, by part; means over features."""
+    size = Meter(tokenizer)
+    sums: dict[str, dict[str, np.ndarray]] = {"ours": {}, "delphi": {}, DEFAULT: {}}
+
+    def add(who: str, part: str, asked: Iterable[Messages]) -> None:
+        tokens = sum((size(f"{who}, {part}", messages) for messages in asked), np.zeros(2))
+        sums[who][part] = sums[who].get(part, 0.0) + tokens / len(chosen)
+
+    chosen = choose_features(features.table(), n)
+    default = LabelSettings()
+    for trial in trials_without_model(features, neighbors, chosen):
+        row, examples = features.feature(trial.feature), features.examples(trial.feature)
+        shown = prompts.choose_examples(examples, default.examples, 0)
+        for who in ("ours", DEFAULT):
+            add(who, "label", [prompts.ask(row, [examples[i] for i in shown])])
+        add("delphi", "label", [delphi.ask_label([*islice(cycle(examples), SHOWN)], row.max_act)])
+        items = _filled(trial.items, JUDGED)
+        full, few = (trial._replace(items=some) for some in (items, _filled(trial.items, default.score_examples)))
+        for task in TASKS:
+            add("ours", task, _asked(full, task, Names(LABEL, None, "")))
+            add("delphi", task, [delphi.ask(task, batch, SENTENCE) for batch in _batches(items)])
+            add(DEFAULT, task, _asked(few, task, Names(LABEL, OTHER, lexical_label(row))))
+    total = {who: sum(parts.values())[0] for who, parts in sums.items()}
+    dollars = {
+        f"1,000 features at {name} a million": {
+            who: round((total[who] * read_ + WRITTEN[who] * written) / 1000, 2) for who in total
+        }
+        for name, (read_, written) in PRICES.items()
+    }
+    return {
+        "features": len(chosen), "tokenizer": tokenizer, "judged": 4 * JUDGED,
+        "tokens read, and those that the prompt before did not begin with": {
+            who: {part: np.round(tokens).astype(int).tolist() for part, tokens in parts.items()}
+            for who, parts in sums.items()
+        },
+        "total": {who: round(tokens) for who, tokens in total.items()},
+        "times": round(total["delphi"] / total["ours"], 2),
+        "fixed, of a question": {task: int(size("", ask(task, [], LABEL))[0]) for task in TASKS},
+    } | dollars  # fmt: skip
+
+
+class Meter:
+    """Counts tokens of prompts, and of each those after what it has in common with the one before of its kind."""
+
+    def __init__(self, tokenizer: str) -> None:
+        from sae_core.pretrained import load_tokenizer
+
+        self._tokenizer = load_tokenizer(ModelSettings(source=tokenizer))
+        self._before: dict[str, list[int]] = {}
+
+    def __call__(self, kind: str, messages: Messages) -> np.ndarray:
+        ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        before = self._before.get(kind, [])
+        differs = (i for i, (a, b) in enumerate(zip(ids, before, strict=False)) if a != b)
+        shared = next(differs, min(len(ids), len(before)))
+        self._before[kind] = ids
+        return np.array([len(ids), len(ids) - shared])
+
+
+def _asked(trial: Trial, task: Any, names: Names) -> list[Messages]:
+    return [messages for _, _, messages, _ in questions(trial._replace(names=names), task)]
+
+
+def trials_without_model(features: Features, neighbors: Path, chosen: Iterable[int]) -> list[Trial]:
+    """The texts that would be judged, but for the nearest ones, which it takes a model to find."""
+
+    class Sketch(Scorer):
+        def nearest(self, examples: Sequence[Example]) -> Iterable[int]:
+            return ()
+
+    settings = LabelSettings(score_examples=JUDGED)
+    scorer = Sketch(settings, features, Ground(ModelSettings(source="none"), neighbors))
+    return scorer.trials([LabelRow(i, "lexical", "written", LABEL) for i in chosen], [], silent)
+
+
+def _filled(items: Sequence[Item], count: int) -> list[Item]:
+    """So many in which the feature fires and as many in which it does not, in random order."""
+    sides = ([item for item in items if item.fires is fires] for fires in (True, False))
+    some = [item for side in sides for item in islice(cycle(side), count)]
+    return [some[i] for i in np.random.default_rng(0).permutation(len(some))]
+
+
+def _batches(items: Sequence[Item]) -> list[Sequence[Item]]:
+    return [items[i : i + A_QUESTION] for i in range(0, len(items), A_QUESTION)]
+
+
+# ---- scores
+
+
+async def compare(
+    client: ChatClient, delphi: Delphi, features: Features, trials: Sequence[Trial], at_once: int
+) -> dict[str, Any]:
+    """Balanced accuracy of both ways from label to score, on the same texts by the same model.
+
+    In `delphi's label, our questions` only the label is theirs: what of the difference is the label's.
+    """
+    places = asyncio.Semaphore(at_once)
+    tokens = {"ours": 0, "delphi": 0}
+
+    async def say(who: str, messages: Messages, **more: Any) -> str:
+        async with places:
+            try:
+                completion = await client.complete(messages, **more)
+            except RequestFailed:
+                return ""
+        tokens[who] += completion.prompt_tokens
+        return completion.text
+
+    async def explain(trial: Trial) -> str:
+        examples, row = features.examples(trial.feature), features.feature(trial.feature)
+        seen = {item.acts is not None and tuple(item.acts) for item in trial.items}
+        unseen = [example for example in examples if tuple(example.acts) not in seen][:SHOWN]
+        text = await say("delphi", delphi.ask_label(unseen, row.max_act), max_tokens=300, response_format=None)
+        found = re.search(r"\[EXPLANATION\]:\s*(.*)", text, re.DOTALL)
+        return found[1].strip()[:1000] if found else ""
+
+    async def by_us(trial: Trial, task: Any, name: str, who: str) -> float:
+        says = np.full(len(trial.items), math.nan)
+        for batch, _, messages, more in questions(trial._replace(names=Names(name, None, "")), task):
+            text = await say(who, messages, **more)
+            try:
+                says[batch] = read(task, text, len(batch))
+            except prompts.BadAnswer:
+                continue
+        return _accuracy(says, trial)
+
+    async def by_delphi(trial: Trial, task: str, name: str) -> float:
+        says: list[float] = []
+        for batch in _batches(trial.items):
+            text = await say("delphi", delphi.ask(task, batch, name), max_tokens=60, response_format=None)
+            listed = re.search(r"\[[01,\s]*\]", text)
+            given = json.loads(listed[0]) if listed and listed[0].strip("[] \n") else []
+            says += given if len(given) == len(batch) else [math.nan] * len(batch)
+        return _accuracy(np.array(says, float), trial)
+
+    try:
+        theirs = [await explain(trial) for trial in trials]  # one after another: the examples it begins with stay read
+        found: dict[str, list[float]] = {}
+        for i, trial in enumerate(trials):
+            other = (i + 1) % len(trials)
+            for task in TASKS:
+                for kind, j in (("", i), (" (another feature's label)", other)):
+                    told = {
+                        f"ours, {task}{kind}": by_us(trial, task, trials[j].names.own, "ours"),
+                        f"delphi's, {task}{kind}": by_delphi(trial, task, theirs[j] or "unclear"),
+                        f"delphi's label, our questions, {task}{kind}": by_us(
+                            trial, task, theirs[j] or "unclear", "neither"
+                        ),
+                    }
+                    for name, value in told.items():
+                        found.setdefault(name, []).append(await value)
+            print(f"{i + 1} of {len(trials)}", file=sys.stderr, flush=True)
+    finally:
+        await client.close()
+    labels = [(t.feature, t.names.own, their) for t, their in zip(trials, theirs, strict=True)]
+    means = {name: [round(float(np.nanmean(v)), 3), int(np.isfinite(v).sum())] for name, v in found.items()}
+    less = _differences(found)
+    return {"mean_and_features": means, "ours_less_delphi": less, "tokens_read": tokens, "labels": labels}
+
+
+def _accuracy(says: np.ndarray, trial: Trial) -> float:
+    pairs = accuracy_pairs(says, np.array([item.fires for item in trial.items]))
+    return float(pairs.mean()) if pairs.size else math.nan
+
+
+def _differences(found: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Mean difference of the scores, feature by feature, and its 95% interval by a bootstrap over features."""
+    told = {}
+    for task in TASKS:
+        difference = np.array(found[f"ours, {task}"]) - np.array(found[f"delphi's, {task}"])
+        difference = difference[np.isfinite(difference)]
+        draws = np.random.default_rng(0).choice(difference, (5000, len(difference))).mean(1)
+        told[task] = [round(float(v), 3) for v in (difference.mean(), *np.percentile(draws, (2.5, 97.5)))]
+    return told
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--delphi", type=Path, required=True, help="folder of the unpacked wheel")
+    parser.add_argument("--atlas", type=Path, required=True, help="MIND_ATLAS_HOME of a finished study")
+    parser.add_argument("--dictionary", default="", help="default: the first one")
+    parser.add_argument("--tokenizer", default="smollm2-135m-instruct", help="of a model with a chat template")
+    parser.add_argument("--features", type=int, default=50, help="features whose tokens are counted")
+    parser.add_argument("--compare", type=int, default=0, metavar="N", help="features scored both ways")
+    parser.add_argument("--texts", type=int, default=12)
+    parser.add_argument("--studied", default="smollm2-135m-instruct", help="the model under study")
+    parser.add_argument("--model", default=LabelSettings().model)
+    parser.add_argument("--base-url", default="")
+    options = parser.parse_args()
+    store, delphi = ArtifactStore(options.atlas), Delphi.load(options.delphi)
+    slug = options.dictionary or store.slugs("features")[0]
+    folder, neighbors = (store.get(stage, slug).folder for stage in ("features", "neighbors"))
+    features = Features.open(folder)
+    if not options.compare:
+        print(json.dumps(count(features, neighbors, delphi, options.tokenizer, options.features), indent=1))
+        return
+    settings = LabelSettings(
+        model=options.model, base_url=options.base_url, features=options.compare, scorers=[],
+        score_examples=options.texts,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as labels:
+        build_labels(settings, folder, Path(labels))
+        rows = [row for row in Labels.open(Path(labels)).rows() if row.label]
+    scorer = Scorer(settings, features, Ground(ModelSettings(source=options.studied), neighbors))
+    trials = scorer.trials(rows, [], silent)
+    key = os.environ.get("OPENAI_API_KEY") or "none"
+    with label_writer(settings, key, silent) as client:
+        at_once = settings.concurrency if options.base_url else 1
+        print(json.dumps(asyncio.run(compare(client, delphi, features, trials, at_once)), indent=1, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()
