@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_core.artifacts import file_sha256
@@ -41,6 +41,7 @@ def test_bytes_that_make_no_character_are_shown_by_their_codes():
     assert [piece.is_bytes for piece in pieces(["\\xb7"], [1.0], 1.0)] == [True]
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="\\⏎⇥‹"), max_size=20), st.data())
 def test_any_text_cut_anywhere_is_shown_whole(text: str, data: st.DataObject):
     raw, tokens, start = text.encode(), [], 0
@@ -58,6 +59,7 @@ def test_line_breaks_tabs_and_control_characters_can_be_seen():
     assert token("\n") == "⏎"
 
 
+@settings(deadline=None)
 @given(st.floats(0, 100, allow_nan=False), st.floats(0.1, 100))
 def test_shades_rise_with_the_activation_and_only_nothing_has_none(act: float, maximum: float):
     assert (step(act, maximum) == 0) == (act == 0)
