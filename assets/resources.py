@@ -88,11 +88,12 @@ class Workshop(dg.ConfigurableResource):
         """Folder of the artifact that a part is to be made again of.
 
         Raises:
-            ArtifactError: there is none, it was made otherwise than the study has it now, or it is not what is served.
+            ArtifactError: there is none, it was made otherwise than the study has it now, or from what is not served.
         """
-        now = served(self.store, draft.recipe.slug).manifest(draft.recipe.stage, draft.recipe.slug)
-        newest = self.store.manifest(draft.recipe.stage, draft.recipe.slug)
-        if now and newest and now.fingerprint != newest.fingerprint:
+        seen = served(self.store, draft.recipe.slug)
+        kept = (seen.manifest(made.manifest.stage, made.manifest.slug) for made in draft.parents.values())
+        now = {manifest.fingerprint for manifest in kept if manifest}
+        if any(made.manifest.fingerprint not in now for made in draft.parents.values()):
             raise ArtifactError(
                 f"{draft.recipe.key} was made last for a retraining that is not served, and would not be seen: "
                 "`mind-atlas status` says why. Loosen [retraining] or [checks] and run `mind-atlas run` to serve it, "

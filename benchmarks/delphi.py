@@ -209,7 +209,7 @@ async def compare(
     In `delphi's label, our questions` only the label is theirs: what of the difference is the label's.
     """
     places = asyncio.Semaphore(at_once)
-    tokens = {"ours": 0, "delphi": 0}
+    tokens = {"ours": 0, "delphi": 0, "both": 0}
 
     async def say(who: str, messages: Messages, **more: Any) -> str:
         async with places:
@@ -258,7 +258,7 @@ async def compare(
                         f"ours, {task}{kind}": by_us(trial, task, trials[j].names.own, "ours"),
                         f"delphi's, {task}{kind}": by_delphi(trial, task, theirs[j] or "unclear"),
                         f"delphi's label, our questions, {task}{kind}": by_us(
-                            trial, task, theirs[j] or "unclear", "neither"
+                            trial, task, theirs[j] or "unclear", "both"
                         ),
                     }
                     for name, value in told.items():

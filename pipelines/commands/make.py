@@ -59,7 +59,7 @@ def label(
 
     with work(debug) as (instance, level):
         materialize("labels", atlas.dictionary, order.study, Workshop(), instance, level, only=list(numbers))
-    labels = Labels.open(atlas.store.get("labels", atlas.dictionary).folder)
+    labels = Labels.open(ArtifactStore(home()).get("labels", atlas.dictionary).folder)
     show_labels([labels.label(number) for number in dict.fromkeys(numbers)], json_)
 
 
