@@ -261,8 +261,8 @@ async def compare(
                             trial, task, theirs[j] or "unclear", "both"
                         ),
                     }
-                    for name, value in told.items():
-                        found.setdefault(name, []).append(await value)
+                    for name, value in zip(told, await asyncio.gather(*told.values()), strict=True):
+                        found.setdefault(name, []).append(value)
             print(f"{i + 1} of {len(trials)}", file=sys.stderr, flush=True)
     finally:
         await client.close()
