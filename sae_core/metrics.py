@@ -84,7 +84,7 @@ class _Sums:
         return self.error / variance if variance else torch.nan
 
 
-def measure(dictionary: Dictionary, batches: Iterable[Float[Tensor, "batch *site d_model"]]) -> Quality:
+def measure(dictionary: Dictionary, batches: Iterable[Float[Tensor, "_ *site d_model"]]) -> Quality:
     """Reconstruct every activation of `batches` and compare; of pairs, the written ones from those that are read.
 
     Raises:
