@@ -8,8 +8,8 @@ Every library takes the same steps of Adam on the same planted activations (spar
 same learning rate, each in a process of its own. They take turns, round after round, so that a machine whose speed
 wanders is the same to all: a ratio is the median over the rounds of what each round's median steps say, with the least
 and the largest. FVU is that of activations that none has seen, after all steps; memory is the peak above what was in
-use before the first step. The other libraries are the extra `peers`; one that is not installed is named. They run as
-they come; `--huge-pages` gives torch's large arrays huge pages in all of them, as this project does in its own.
+use before the first step. The other libraries are the extra `peers`; one that is not installed is named. All run as
+they come, and `pipelines` asks torch for huge pages: `--huge-pages all` gives them to the others too, `none` to nobody.
 """
 
 import argparse
@@ -260,7 +260,7 @@ class Worker:
         for key in ("k", "batch", "steps", "device"):
             options += [f"--{key}", str(getattr(given, key))]
         self.name, self.log = name, tempfile.TemporaryFile("w+")  # noqa: SIM115  (it goes with the worker)
-        huge = given.huge_pages or name == "ours"  # which `pipelines` asks for, and the others do not
+        huge = given.huge_pages in ("all", name)
         self.process = subprocess.Popen(
             [sys.executable, __file__, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
             text=True, env=os.environ | {"THP_MEM_ALLOC_ENABLE": str(int(huge))},
@@ -332,7 +332,7 @@ def main() -> None:
     parser.add_argument("--architecture", default="top_k", choices=["top_k", "batch_top_k"])
     parser.add_argument("--only", action="append", choices=list(LIBRARIES), help="only these libraries")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--huge-pages", action="store_true", help="for the other libraries too")
+    parser.add_argument("--huge-pages", default="ours", choices=["ours", "all", "none"], help="who has them")
     parser.add_argument("--worker", choices=list(LIBRARIES), help=argparse.SUPPRESS)
     for name, default in (("k", 32), ("batch", 2048), ("steps", 40)):
         parser.add_argument(f"--{name}", type=int, default=default)
