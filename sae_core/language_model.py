@@ -5,7 +5,7 @@ Captures and edits go through PyTorch's hooks and change no weight; one model se
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from transformers import Cache, PreTrainedModel
 
 from sae_core.display import display_strings
@@ -154,7 +155,7 @@ class LanguageModel:
                 given to it in rows of their own.
 
         Raises:
-            ModelError: the model has no such site, or the rows exceed its context.
+            ModelError: the model has no such site, the rows exceed its context, or it was to be compiled and cannot.
         """
         found: dict[int, Tensor] = {}
 
@@ -175,8 +176,21 @@ class LanguageModel:
                 self._run(self._decoder, token_ids, segments)
             except _Captured:
                 return [found[number] for number in range(len(sites))]
+            except BackendCompilerFailed as error:
+                cause = str(error).partition("\n")[0]
+                raise ModelError(f"the model cannot be compiled, {cause}: set activations.compiled = false") from error
         lacking = [f"{hook} of layer {layer}" for n, (hook, layer) in enumerate(sites) if n not in found]
         raise ModelError(f"{', '.join(lacking)} is not reached in a forward pass: choose another hook")
+
+    def compile(self, read: Collection[int]) -> None:
+        """Compile the layers before the last of those that are read, but for these, which stay as they are.
+
+        Layers of one kind share what is compiled. It happens when a pass first has a batch of some rows, and once more
+        for batches of other sizes.
+        """
+        for layer, module in enumerate(self._layers[: max(read)]):
+            if layer not in read:  # its hooks, inside of the layer, are not for the compiler
+                module.forward = torch.compile(module.forward)
 
     def is_special(self, token_ids: Int[Tensor, "*n"], positions: Int[Tensor, "*n"]) -> Bool[Tensor, "*n"]:
         """Whether each token stands for no text: a beginning at position 0 of its document, or an end of text anywhere.

@@ -81,6 +81,7 @@ class WordIndex:
     """The index of one dictionary. Safe to use from several threads."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         said = json.loads((folder / "index.json").read_text("utf-8"))
         self._fields, self._starts = list(said["fields"]), np.array([0, *np.cumsum(list(said["fields"].values()))])
         self._features = _mapped(folder / "features.i32", np.int32)
@@ -161,7 +162,10 @@ class WordIndex:
         rows = self._rows[self._begins[first] : self._begins[last]]
         if len(rows) > MAX_BEGINNINGS:
             return self._equal(prefix)
-        return rows if last - first < 2 else np.unique(rows)
+        if last - first < 2:
+            return rows
+        rows = np.sort(rows, kind="stable")  # which joins ascending runs; np.unique would take ten times as long
+        return rows[np.diff(rows, prepend=rows[:1] + 1) != 0]
 
     def _equal(self, word: str) -> np.ndarray:
         at = self._place(word)

@@ -88,6 +88,14 @@ class Plan(NamedTuple):
         return [plan for plan in (self, *self.others) if not (plan.folder / name).exists()]
 
 
+def load_model(sites: Sequence[ActivationSettings], model: ModelSettings, device: str) -> LanguageModel:
+    """The model as it is run to read these sites, which differ in hook and layer alone."""
+    lm = LanguageModel.load(model, device, sites[0].precision)
+    if sites[0].compiled:
+        lm.compile({site.layer for site in sites})
+    return lm
+
+
 class Worker:
     """The model, and what is needed to make one shard after another.
 
@@ -96,7 +104,7 @@ class Worker:
 
     def __init__(self, plan: Plan, device: str) -> None:
         self.plan = plan
-        self.lm = LanguageModel.load(plan.model, device, plan.settings.precision)
+        self.lm = load_model([one.settings for one in (plan, *plan.others)], plan.model, device)
         self.parts = [part for split in SPLITS for part in parts_of(plan.settings, split, plan.corpus)]
         self.overlaps = self.lm.device.type != "cpu"
         self._writer = ThreadPoolExecutor(1)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_core.activations.encoding import EVERY, Rows
-from sae_core.activations.harvest import parts_of, run_model
+from sae_core.activations.harvest import load_model, parts_of, run_model
 from sae_core.activations.shards import Split
 from sae_core.language_model import LanguageModel
 from sae_core.study import ActivationSettings, ModelSettings
@@ -32,4 +32,4 @@ class Rerun:
 
     @cached_property
     def _lm(self) -> LanguageModel:
-        return LanguageModel.load(self._model, self._device, self._settings.precision)
+        return load_model([self._settings], self._model, self._device)

@@ -19,6 +19,7 @@ from sae_core.by_feature import ByFeature
 from sae_core.features import Features
 from sae_core.generations import served
 from sae_core.labels.meaning import Meaning
+from sae_core.mapped import read_through
 from sae_core.names import DictionarySpec, Site
 from sae_core.word_index import WordIndex
 
@@ -150,6 +151,16 @@ class Atlas:
     def has_scores(self) -> bool:
         """Whether some label was scored."""
         return choosing.has_scores(self._tables)
+
+    def open_indexes(self) -> None:
+        """Open and read what the first search would else wait for."""
+        self._columns_of_features()
+        _ = self._meaning, self._names
+        there = [stage for stage in ("labels", "neighbors") if self.store.manifest(stage, self.dictionary)]
+        folders = [self.store.get(stage, self.dictionary).folder for stage in there]
+        read_through(
+            [*self._words().folder.iterdir(), *(file for folder in folders for file in folder.glob("*.faiss"))]
+        )
 
     @property
     def has_meaning(self) -> bool:

@@ -1,5 +1,8 @@
 """The application: pages, JSON API and static files behind one door."""
 
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import duckdb
@@ -53,10 +56,18 @@ def create_app(
         token: what every request must bring; empty for none.
         presets: steered models by name, for clients of OpenAI's API and the steering page.
     """
+    shelf = Shelf(store, dictionary)
+
+    @asynccontextmanager
+    async def running(_: FastAPI) -> AsyncIterator[None]:
+        threading.Thread(target=shelf.open_indexes, daemon=True).start()  # pages are there meanwhile
+        yield
+
     app = FastAPI(
-        title="Mind Atlas", description=api.DESCRIPTION, openapi_url="/api/openapi.json", docs_url=None, redoc_url=None
-    )
-    app.state.shelf = shelf = Shelf(store, dictionary)
+        title="Mind Atlas", description=api.DESCRIPTION, openapi_url="/api/openapi.json", docs_url=None, redoc_url=None,
+        lifespan=running,
+    )  # fmt: skip
+    app.state.shelf = shelf
     app.state.live = live = Live(studies or Studies([]))
     app.state.presets = presets or {}
     app.add_middleware(Door, hosts=hosts, token=token)

@@ -86,11 +86,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def fill(disk: Path) -> Path:
     """Use up all the space there is."""
     filler = disk / "filler"
-    with filler.open("wb") as file:
+    with filler.open("wb", buffering=0) as file:  # closing would write what a buffer still holds, and fail
         try:
             while True:
                 file.write(bytes(1 << 12))
-                file.flush()
         except OSError:
             return filler
 

@@ -12,17 +12,17 @@ from sae_core.activations import harvest
 from sae_core.study import ActivationSettings, ModelSettings
 
 LENGTH = 32
-N_TRAIN, N_HELD_OUT = 1600, 70
+N_TRAIN, N_HELD_OUT = 1590, 70
 
 
-def write_blocks(folder: Path, split: str, n_tokens: int) -> None:
+def _write_blocks(folder: Path, split: str, n_tokens: int, vocab: int = 512) -> None:
     """Random tokens in documents of 1 to 50 tokens, the last block padded."""
     rng = np.random.default_rng(n_tokens)
     lengths = rng.integers(1, 50, n_tokens)
     columns = {
-        "token_ids": rng.integers(3, 512, n_tokens),
+        "token_ids": rng.integers(3, vocab, n_tokens),
         "documents": np.repeat(np.arange(n_tokens), lengths)[:n_tokens],
-        "positions": np.concatenate([np.arange(n) for n in lengths])[:n_tokens],
+        "positions": np.concatenate([np.empty(0), *map(np.arange, lengths)])[:n_tokens],
     }
     padding = {"token_ids": 0, "documents": -1, "positions": 0}
     n_blocks = -(-n_tokens // LENGTH)
@@ -34,10 +34,15 @@ def write_blocks(folder: Path, split: str, n_tokens: int) -> None:
 
 
 @pytest.fixture(scope="session")
+def write_blocks() -> Callable[..., None]:
+    return _write_blocks
+
+
+@pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
-    write_blocks(folder, "train", N_TRAIN)
-    write_blocks(folder, "held_out", N_HELD_OUT)
+    _write_blocks(folder, "train", N_TRAIN)
+    _write_blocks(folder, "held_out", N_HELD_OUT)
     return folder
 
 
