@@ -20,15 +20,10 @@ from sae_core.language_model import LanguageModel
 from sae_core.names import Site
 from sae_core.steering import Steer, Steering
 from sae_core.steering_levers import Lever, levers
-from sae_core.steering_report import (
-    REPORTING,
-    Row,
-    build_steering_report,
-    first_token_kl,
-    markdown,
-    raised,
-    read_report,
-)
+from sae_core.steering_report import Row, build_steering_report, read_report
+from sae_core.steering_report.measuring import REPORTING, first_token_kl
+from sae_core.steering_report.rows import raised
+from sae_core.steering_report.writing import markdown
 from sae_core.steering_scores import NEUTRAL, build_steering, live_features, output_effects, suggest_strengths
 from sae_core.steering_texts import (
     Condition,
