@@ -44,7 +44,8 @@ class Asker:
             BudgetReached: the answer might cost more than is left.
             ArtifactError: the disk is full.
         """
-        found, about["error"] = None, ""
+        found: T | None = None
+        about["error"] = ""
         try:
             completion = await self.client.complete(messages, **parameters)
             self._failures = 0

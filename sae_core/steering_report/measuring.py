@@ -1,19 +1,21 @@
-"""Texts of both halves of the prompts, under steering and its controls, and what is measured on them."""
+"""The texts that are reported, under steering and its controls, and what is measured on them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_core.generation import read_prompt
+from sae_core.labels.scoring.embedding import Embedder
 from sae_core.progress import Report
 from sae_core.steering import Steer
-from sae_core.steering_report.choosing import Chosen, choose_features
+from sae_core.steering_report.choosing import Candidate, Choice
+from sae_core.steering_report.judge import Grades, Question
 from sae_core.steering_report.rows import Row
 from sae_core.steering_texts import (
     Condition,
@@ -25,123 +27,135 @@ from sae_core.steering_texts import (
     condition_steering,
     measure_texts,
     user_says,
+    with_controls,
+    word_ids,
     write_texts,
 )
 from sae_core.study import SteeringReportSettings
 
-CHOOSING = ("Tell me about your day.", "Write a short story.", "What should I do this weekend?", "Describe a room.")
-REPORTING = ("Who are you?", "Give me some advice.", "What happened yesterday?", "Tell me something interesting.")
-_WORDS = 3
+REPORTING = (
+    "Who are you?", "Give me some advice.", "What happened yesterday?", "Tell me something interesting.",
+    "How are you feeling?", "What do you think about people?", "Explain something to me.", "Write a letter.",
+)  # fmt: skip
+_NAMED = 3
 """Words by which the prompt-only control names the concept."""
+_WINDOWS, _WIDTH = 128, 32
+"""Windows of the corpus that say where the middle of all texts is, and their tokens."""
+
+
+class Told(NamedTuple):
+    """A text, and what is measured on it whatever the concept."""
+
+    text: Text
+    measures: Measures
+    embedded: Float[np.ndarray, " d_model"]
+    said: str
+
+
+class Case(NamedTuple):
+    """A feature under one condition, with its texts and those of the model as it is."""
+
+    candidate: Candidate
+    condition: str
+    strength: float | None
+    texts: list[Told]
+    base: list[Told]
+    place: int
+    """Of the feature's words among those that `base` watches."""
+    kl_first: float
+
+    def questions(self) -> list[Question]:
+        """What a judge is asked of the texts."""
+        of = self.candidate
+        return [Question(of.feature, self.condition, REPORTING[t.text.prompt], of.label, t.said) for t in self.texts]
 
 
 def measure(
-    subject: Subject, scores: Path, rates: Mapping[str, float], settings: SteeringReportSettings, report: Report
-) -> list[Row]:
-    """Both halves: every strength of every feature that is chosen, then the chosen strength and its controls."""
-    first = _Half(subject, "choose", CHOOSING, settings, report)
-    base_texts = first.write_base()
-    chosen = choose_features(subject, scores, settings, rates, base_texts)
-    if not chosen:
-        return []
-    strengths = sorted(settings.strengths)
-    first.write([Condition(Steer(c.feature, s)) for c in chosen for s in strengths])
-    second = _Half(subject, "report", REPORTING, settings, report)
-    second_base = second.write_base()
-    rows, best = [], []
-    for place, item in enumerate(chosen):
-        tried = [
-            first.row(1 + place * len(strengths) + step, item, "steered", strength, base_texts)
-            for step, strength in enumerate(strengths)
-        ]
-        fluent = [row for row in tried if row.perplexity_ratio <= settings.perplexity_ratio_max] or tried[:1]
-        best.append(max(fluent, key=lambda row: (row.concept_rate, row.strength)))
-        rows += [row._replace(chosen=row is best[-1]) for row in tried]
-    second.write([c for item, row in zip(chosen, best, strict=True) for c in _against(subject, item, row, settings)])
-    base_texts = base_texts + second_base
-    kinds = ("steered", "random_direction", "random_feature", "prompt_only")
-    for place, (item, row) in enumerate(zip(chosen, best, strict=True)):
-        rows.append(second.row(0, item, "base", None, base_texts))
-        for step, kind in enumerate(kinds):
-            strength = None if kind == "prompt_only" else row.strength
-            rows.append(second.row(1 + place * len(kinds) + step, item, kind, strength, base_texts))
-    return rows
+    subject: Subject, chosen: Sequence[Choice], corpus: Int[np.ndarray, "blocks length"],
+    settings: SteeringReportSettings, report: Report,
+) -> tuple[list[Case], Embedder]:  # fmt: skip
+    """The chosen features at their strengths, and their controls; and what embeds labels as these texts were."""
+    s = settings
+    watched = [tuple(word_ids(subject, choice.candidate.words)) for choice in chosen]
+    kinds: list[tuple[int, str]] = []
+    conditions = [Condition(watched=tuple(watched))]
+    for number, choice in enumerate(chosen):
+        for kind, condition in _against(subject, choice, s.seed).items():
+            kinds.append((number, kind))
+            conditions.append(condition._replace(watched=(watched[number],)))
+    texts = _written(subject, conditions[:1], s.seeds + s.base_seeds, s, report)
+    texts += [t._replace(condition=t.condition + 1) for t in _written(subject, conditions[1:], s.seeds, s, report)]
+    strings = [subject.lm.tokenizer.decode(text.ids, skip_special_tokens=True) for text in texts]
+    embedder = open_embedder(subject, corpus)
+    told: dict[int, list[Told]] = {}
+    for one in map(Told, texts, measure_texts(subject, texts), embedder.texts(strings), strings):
+        told.setdefault(one.text.condition, []).append(one)
+    kl = first_token_kl(subject, REPORTING, conditions).tolist()
+    cases = []
+    for place, (number, kind) in enumerate(kinds, 1):
+        of, strength = chosen[number].candidate, None if kind == "prompt_only" else chosen[number].strength
+        if kind == "steered":
+            cases.append(Case(of, "base", None, told[0], told[0], number, kl[0]))
+        cases.append(Case(of, kind, strength, told[place], told[0], number, kl[place]))
+    return cases, embedder
 
 
-def _against(subject: Subject, item: Chosen, row: Row, settings: SteeringReportSettings) -> list[Condition]:
-    """The feature at its strength, and the controls."""
-    assert row.strength is not None, "what is chosen among strengths has one"
-    steer = Steer(item.feature, row.strength)
-    alive = np.flatnonzero(subject.max_acts.numpy() > 0)
-    others = alive[alive != item.feature] if len(alive) > 1 else alive
-    other = int(np.random.default_rng([settings.seed, item.feature]).choice(others))
-    direction = subject.random_directions(1, settings.seed + item.feature)[0]
-    words = f"Use words such as {', '.join(item.concept[:_WORDS])}."
-    return [
-        Condition(steer),
-        Condition(steer, direction),
-        Condition(Steer(other, row.strength)),
-        Condition(instruction=words),
-    ]
+def _against(subject: Subject, choice: Choice, seed: int) -> dict[str, Condition]:
+    """The feature at its strength, and its controls."""
+    of = choice.candidate
+    kinds = with_controls(subject, Steer(of.feature, choice.strength), 1, seed)
+    words = Condition(instruction=f"Use words such as {', '.join(of.words[:_NAMED])}.")
+    steered = {kind: one for kind, some in kinds.items() for one in some}
+    return {"steered": steered.pop("feature"), **steered, "prompt_only": words}
 
 
-class _Half:
-    """The texts of one half of the prompts, measured."""
+def _written(
+    subject: Subject, conditions: Sequence[Condition], seeds: int, s: SteeringReportSettings, report: Report
+) -> list[Text]:
+    return write_texts(subject, REPORTING, conditions, seeds, s.max_tokens, s.temperature, s.seed, report)
 
-    def __init__(
-        self, subject: Subject, name: str, prompts: Sequence[str], settings: SteeringReportSettings, report: Report
-    ) -> None:
-        self._subject, self._name, self._prompts, self._settings, self._report = (
-            subject,
-            name,
-            prompts,
-            settings,
-            report,
-        )
 
-    def write_base(self) -> list[Text]:
-        """What the model says as it is: more texts than of other conditions, as all of them are held against these."""
-        self._texts = self._written([Condition()], self._settings.seeds + self._settings.base_seeds)
-        return list(self._texts)
+def open_embedder(subject: Subject, corpus: Int[np.ndarray, "blocks length"]) -> Embedder:
+    """Embeds texts and labels, seen from the middle of texts from all over a corpus."""
+    some = corpus[:: max(1, len(corpus) // _WINDOWS), :_WIDTH][:_WINDOWS]
+    return Embedder(subject.lm, subject.lm.tokenizer.batch_decode(some.tolist()))
 
-    def write(self, conditions: Sequence[Condition]) -> None:
-        """Write the texts of further conditions, numbered from 1, and measure all."""
-        texts = self._written(conditions, self._settings.seeds)
-        self._texts += [text._replace(condition=text.condition + 1) for text in texts]
-        self._measures = measure_texts(self._subject, self._texts)
-        if self._name == "report":
-            self._kl = first_token_kl(self._subject, self._prompts, [Condition(), *conditions]).tolist()
-        else:
-            self._kl = [math.nan] * (1 + len(conditions))
 
-    def _written(self, conditions: Sequence[Condition], seeds: int) -> list[Text]:
-        s = self._settings
-        return write_texts(
-            self._subject, self._prompts, conditions, seeds, s.max_tokens, s.temperature, s.seed, self._report
-        )
-
-    def of(self, condition: int) -> list[Text]:
-        """Texts of a condition."""
-        return [text for text in self._texts if text.condition == condition]
-
-    def _measures_of(self, condition: int) -> list[Measures]:
-        return [m for text, m in zip(self._texts, self._measures, strict=True) if text.condition == condition]
-
-    def row(self, condition: int, item: Chosen, kind: str, strength: float | None, base_texts: Sequence[Text]) -> Row:
-        """What is measured of a feature's words in the texts of a condition."""
-        texts, measures, base = self.of(condition), self._measures_of(condition), self._measures_of(0)
-        words = set(item.concept)
-        rates = np.array([concept_rate(self._subject, text, words) for text in texts])
-        default = np.mean([concept_rate(self._subject, text, words) for text in base_texts])
-        least = 0.5 / sum(len(text.ids) for text in base_texts)
-        low, high = bootstrap(rates)
-        return Row(
-            item.feature, ", ".join(item.concept[:5]), item.output_score, self._name, kind, strength, True,
-            float(rates.mean()), low, high, float(rates.mean() / max(default, least)), float((rates > 0).mean()),
-            math.exp(np.mean([m.nll for m in measures]) - np.mean([m.nll for m in base])),
-            float(np.mean([m.repetition for m in measures])), self._kl[condition], len(texts),
-            self._subject.lm.tokenizer.decode(texts[0].ids, skip_special_tokens=True),
+def rows(
+    subject: Subject, cases: Sequence[Case], embedder: Embedder, grades: Sequence[Sequence[Grades | None]]
+) -> Iterator[Row]:
+    """A row for each case, given what a judge said of each of its texts."""
+    labels = list(dict.fromkeys(case.candidate.label for case in cases))
+    names = dict(zip(labels, embedder.names(labels), strict=True))
+    for case, graded in zip(cases, grades, strict=True):
+        of, words = case.candidate, set(case.candidate.words)
+        rates, default = (np.array([concept_rate(subject, t.text, words) for t in x]) for x in (case.texts, case.base))
+        own = case.place if case.condition == "base" else 0
+        expected = np.array([t.text.watched[:, own].mean() for t in case.texts])
+        anyway = np.mean([t.text.watched[:, case.place].mean() for t in case.base])
+        least = 0.5 / sum(len(t.text.ids) for t in case.base)
+        near = np.array([t.embedded @ names[of.label] for t in case.texts])
+        nll = np.mean([t.measures.nll for t in case.texts]) - np.mean([t.measures.nll for t in case.base])
+        yield Row(
+            of.feature, of.label, ", ".join(of.words[:5]), of.output_score, case.condition, case.strength,
+            float(rates.mean()), *bootstrap(rates), float(rates.mean() / max(default.mean(), least)),
+            float((rates > 0).mean()), float(expected.mean()), *bootstrap(expected),
+            float(expected.mean() / max(anyway, least)), float(near.mean()), *bootstrap(near), math.exp(nll),
+            float(np.mean([t.measures.repetition for t in case.texts])), case.kl_first, len(case.texts),
+            case.texts[0].said, **_graded([g for g in graded if g]),
         )  # fmt: skip
+
+
+def _graded(grades: Sequence[Grades]) -> dict[str, Any]:
+    """The fields of a row that say what a judge said."""
+    if not grades:
+        return {}
+    overall = np.array([grade.overall for grade in grades])
+    means = dict(zip(Grades._fields, np.mean(grades, 0).tolist(), strict=True))
+    low, high = bootstrap(overall)
+    return means | {
+        "n_graded": len(grades), "overall": float(overall.mean()), "overall_low": low, "overall_high": high
+    }  # fmt: skip
 
 
 @torch.no_grad()
