@@ -1,6 +1,6 @@
 """Texts written under many kinds of steering at once, and what is measured on them.
 
-All texts of a prompt are rows of one batch: prompts are read once for all, and no row is padded.
+All texts of a prompt are rows of one batch, those with an instruction before it apart: so none but these are padded.
 """
 
 import re
@@ -192,12 +192,12 @@ def write_texts(
     texts: list[Text] = []
     total = len(prompts) * seeds * len(conditions)
     for number, prompt in enumerate(prompts):
+        read = {c.instruction: read_prompt(subject.lm, user_says(prompt, c.instruction)) for c in conditions}
         plain = read_prompt(subject.lm, user_says(prompt)).ids
-        asked: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        asked: dict[bool, list[tuple[int, int]]] = defaultdict(list)
         for place, condition in enumerate(conditions):
-            asked[condition.instruction] += [(place, n) for n in range(seeds)]
-        for instruction, wanted in asked.items():
-            ids = read_prompt(subject.lm, user_says(prompt, instruction))
+            asked[bool(condition.instruction)] += [(place, n) for n in range(seeds)]
+        for wanted in asked.values():
             for start in range(0, len(wanted), _ROWS):
                 rows = wanted[start : start + _ROWS]
                 drawn = [seed + 7919 * number + n for _, n in rows]  # a stride that no number of seeds reaches
@@ -207,7 +207,8 @@ def write_texts(
                 ]
                 steering = condition_steering(subject, [conditions[place] for place, _ in rows])
                 said: list[list[Token]] = [[] for _ in rows]
-                for step in generate(subject.lm, [ids] * len(rows), samplings, steering):
+                prompts_of = [read[conditions[place].instruction] for place, _ in rows]
+                for step in generate(subject.lm, prompts_of, samplings, steering):
                     for row, token in step.items():
                         said[row].append(token)
                 for (place, n), tokens in zip(rows, said, strict=True):

@@ -42,7 +42,7 @@ class Grades(NamedTuple):
     @property
     def overall(self) -> float:
         """Their harmonic mean; 0 when one of them is."""
-        return harmonic_mean(self)
+        return float(harmonic_mean(self))
 
 
 _SCHEMA = {

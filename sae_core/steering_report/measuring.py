@@ -1,8 +1,8 @@
 """The texts that are reported, under steering and its controls, and what is measured on them."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from sae_core.generation import read_prompt
 from sae_core.labels.scoring.embedding import Embedder
 from sae_core.progress import Report
 from sae_core.steering import Steer
+from sae_core.steering_replay import Passage, Replay
 from sae_core.steering_report.choosing import Candidate, Choice
 from sae_core.steering_report.judge import Grades, Question
 from sae_core.steering_report.rows import Row
@@ -158,23 +159,25 @@ def _graded(grades: Sequence[Grades]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@torch.no_grad()
 def first_token_kl(
     subject: Subject, prompts: Sequence[str], conditions: Sequence[Condition]
 ) -> Float[Tensor, " conditions"]:
     """KL(condition || default) of the first token of an answer, nats, mean over prompts."""
     total = torch.zeros(len(conditions))
+    asked: dict[str, list[int]] = defaultdict(list)
+    for place, condition in enumerate(conditions):
+        asked[condition.instruction].append(place)
     for prompt in prompts:
-        default = _first_token(subject, prompt, Condition())
-        for place, condition in enumerate(conditions):
-            logprobs = _first_token(subject, prompt, condition)
-            total[place] += (logprobs.exp() * (logprobs - default)).sum()
+        default = _first_token(subject, prompt, [Condition()])
+        for places in asked.values():
+            logprobs = _first_token(subject, prompt, [conditions[place] for place in places])
+            total[places] += (logprobs.exp() * (logprobs - default)).sum(1)
     return total / len(prompts)
 
 
-def _first_token(subject: Subject, prompt: str, condition: Condition) -> Float[Tensor, " vocab"]:
-    """Log-probabilities of the first token of an answer."""
-    ids = torch.tensor([read_prompt(subject.lm, user_says(prompt, condition.instruction)).ids])
-    steering = condition_steering(subject, [condition])
-    with steering.applied(subject.lm) if steering else nullcontext():
-        return subject.lm.logits(ids)[0, -1].float().log_softmax(-1).cpu()
+@torch.no_grad()
+def _first_token(subject: Subject, prompt: str, conditions: Sequence[Condition]) -> Float[Tensor, "conditions vocab"]:
+    """Log-probabilities of the first token of an answer, under conditions of one instruction."""
+    ids = read_prompt(subject.lm, user_says(prompt, conditions[0].instruction)).ids
+    logits = Replay(subject, [Passage(ids, 1)]).logits(0, len(conditions), condition_steering(subject, conditions))
+    return logits[:, -1].log_softmax(-1).cpu()

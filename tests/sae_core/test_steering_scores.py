@@ -222,12 +222,13 @@ def test_the_first_tokens_divergence_is_nothing_without_steering(subject: Subjec
     kl = first_token_kl(
         subject, ["Rain"], [Condition(), Condition(Steer(PLANTED, 20.0)), Condition(Steer(1, 0, "add"))]
     )
-    assert kl[0] == kl[2] == 0
+    assert kl[0] == pytest.approx(0, abs=1e-6)
+    assert kl[2] == pytest.approx(0, abs=1e-6)
     assert kl[1] > 0.1
 
 
 REPORTED = SteeringReportSettings(
-    candidates=5, features=3, words_min=1, word_rate_max=1, base_rate_max=1, seeds=1, base_seeds=2, max_tokens=6,
+    candidates=3, features=2, words_min=1, word_rate_max=1, base_rate_max=1, seeds=1, base_seeds=2, max_tokens=6,
     strengths=(1.0, 4.0), forecast_ratio_max=1e9,
 )  # fmt: skip
 
@@ -298,14 +299,14 @@ def test_the_report_holds_every_feature_with_every_control(
     with_words = [
         row["feature"] for row in best if subject.concept(subject.features.feature(row["feature"]), rates, 1.0)
     ]
-    assert list(dict.fromkeys(choice["feature"] for choice in choices)) == with_words[:5]
+    assert list(dict.fromkeys(choice["feature"] for choice in choices)) == with_words[:3]
     strongest = {
         feature: max((c for c in choices if c["feature"] == feature), key=lambda c: (c["rate"], c["strength"]))
-        for feature in with_words[:5]
+        for feature in with_words[:3]
     }
     promising = sorted(strongest, key=lambda i: -strongest[i]["rate"] / max(strongest[i]["base_rate"], 5e-4))
     chosen = {choice["feature"]: choice["strength"] for choice in choices if choice["chosen"]}
-    assert chosen == {feature: strongest[feature]["strength"] for feature in promising[:3]}
+    assert chosen == {feature: strongest[feature]["strength"] for feature in promising[:2]}
     assert {row.feature for row in rows} == set(chosen)
     for feature, strength in chosen.items():
         reported = {row.condition: row for row in rows if row.feature == feature}
@@ -313,7 +314,7 @@ def test_the_report_holds_every_feature_with_every_control(
         assert {row.strength for kind, row in reported.items() if kind not in ("base", "prompt_only")} == {strength}
         assert reported["base"].perplexity_ratio == pytest.approx(1)
         assert 0 < reported["base"].expected_ratio <= 1 + 1e-6  # less where it is seldom than half a token of the texts
-        assert reported["base"].kl_first == 0
+        assert reported["base"].kl_first == pytest.approx(0, abs=1e-6)
         assert {row.label for row in reported.values()} == {"bridges" if feature == PLANTED else "bridge, river"}
         for row in reported.values():
             assert row.low <= row.concept_rate <= row.high
@@ -321,11 +322,11 @@ def test_the_report_holds_every_feature_with_every_control(
             assert -1 <= row.similarity_low <= row.similarity <= row.similarity_high <= 1
             assert (row.n_graded, row.overall) == (0, None)
             assert row.n_texts == (3 if row.condition == "base" else 1) * len(REPORTING)
-    assert (summary["n_candidates"], summary["n_features"]) == (5, 3)
+    assert (summary["n_candidates"], summary["n_features"]) == (3, 2)
     assert summary["n_raised"] == len(raised(rows, 2.0))
     assert (summary["judged"], summary["failed"], summary["stopped"]) == (0, 0, "")
     shown = (folders["report"] / "report.md").read_text("utf-8")
-    assert shown.count("| steered") == 3 + 3 + 1  # each feature's words and label, and the means
+    assert shown.count("| steered") == 2 + 2 + 1  # each feature's words and label, and the means
     assert json.dumps(REPORTING[0]) in shown
     assert "concept | instruction" not in shown
 
@@ -360,7 +361,7 @@ def test_a_judge_of_labels_grades_the_texts_too_and_what_it_cannot_say_is_counte
     def answer(request: Request) -> Response:
         question = request.get_json()["messages"][-1]["content"]
         asked.append(question)
-        concept = 2 if "<concept>\nbridges\n" in question else 0
+        concept = 2 if "Who are you?" in question else 0
         told = "I will not." if "Write a letter." in question else json.dumps(
             {"concept": concept, "instruction": 1, "fluency": 2}
         )  # fmt: skip
@@ -369,24 +370,24 @@ def test_a_judge_of_labels_grades_the_texts_too_and_what_it_cannot_say_is_counte
         return Response(json.dumps(body), content_type="application/json")
 
     httpserver.expect_request("/v1/chat/completions").respond_with_handler(answer)
-    judge = LabelSettings(base_url=httpserver.url_for("/v1"), model="m", judged=2)
+    judge = LabelSettings(base_url=httpserver.url_for("/v1"), model="m", judged=1)
     made = Made(folders["steering"], folders["labels"], corpus)
     summary = build_steering_report(REPORTED, subject, made, "documents", judge, "key", tmp_path)
     rows = read_report(tmp_path)
-    judged = list(dict.fromkeys(row.feature for row in rows))[:2]
-    n_texts = sum(row.n_texts for row in rows if row.feature in judged)
+    n_texts = sum(row.n_texts for row in rows if row.feature == rows[0].feature)
     assert summary["judged"] == n_texts
     assert summary["failed"] == n_texts // len(REPORTING)
     assert len(asked) == len(set(asked))  # a text that came twice is asked about once
     for row in rows:
-        if row.feature not in judged:
+        if row.feature != rows[0].feature:
             assert (row.n_graded, row.overall) == (0, None)
             continue
         assert row.n_graded == row.n_texts - row.n_texts // len(REPORTING)
-        concept = 2 if row.label == "bridges" else 0
-        assert (row.concept, row.instruction, row.fluency) == (concept, 1, 2)
-        assert row.overall == pytest.approx(1.5 if concept else 0)  # 3 / (1/2 + 1 + 1/2)
-        assert (row.overall_low, row.overall_high) == (row.overall, row.overall)
+        assert (row.instruction, row.fluency) == (1, 2)
+        assert row.concept == pytest.approx(2 / 7)  # of eight prompts, one shows it and one has no answer
+        assert row.overall == pytest.approx(1.5 / 7)  # 3 / (1/2 + 1 + 1/2) for that one, 0 for those without it
+        assert row.overall_low is not None
+        assert row.overall_low <= row.overall <= (row.overall_high or 0)
     lines = [json.loads(line) for line in (tmp_path / "grades.jsonl").read_text("utf-8").splitlines()]
     assert len(lines) == n_texts
     assert sum(line["error"] != "" for line in lines) == summary["failed"]
