@@ -72,8 +72,8 @@ def main() -> None:
     for name in first:
         rate, begins = 1 / statistics.median(later[name]), 1e3 * statistics.median(first[name])
         print(f"{name:8} {rate:7.1f} tokens/s, first token {begins:.0f} ms")
-    for what, seconds, wanted in (("a token", later, 1.05), ("the first token", first, 1.3)):
-        ratio, low, high = _ratio(seconds["steered"], seconds["plain"])
+    for what, times, wanted in (("a token", later, 1.05), ("the first token", first, 1.3)):
+        ratio, low, high = _ratio(times["steered"], times["plain"])
         verdict = "holds" if high <= wanted else "does not hold" if low > wanted else "is open"
         print(f"{what:15} takes {ratio:.3f} times as long [{low:.3f}, {high:.3f}]: at most {wanted} {verdict}")
 

@@ -9,7 +9,7 @@ import asyncio
 import json
 from collections.abc import Sequence
 from statistics import harmonic_mean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sae_core.labels.asker import Asker, Record
 from sae_core.labels.budget import BudgetReached
@@ -74,7 +74,7 @@ class Question(NamedTuple):
 def read_grades(completion: Completion) -> Grades:
     """The grades of an answer. Raises BadAnswer when there is no JSON object with all three, each 0, 1 or 2."""
     for found in objects(completion.text):
-        grades = [found.get(name) for name in Grades._fields]
+        grades: list[Any] = [found.get(name) for name in Grades._fields]
         if all(type(grade) is int and 0 <= grade <= _BEST for grade in grades):
             return Grades(*grades)
     raise BadAnswer(f"there is no JSON object whose {', '.join(map(json.dumps, Grades._fields))} are 0, 1 or 2")

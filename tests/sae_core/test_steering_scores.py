@@ -387,7 +387,8 @@ def test_a_judge_of_labels_grades_the_texts_too_and_what_it_cannot_say_is_counte
         assert row.concept == pytest.approx(2 / 7)  # of eight prompts, one shows it and one has no answer
         assert row.overall == pytest.approx(1.5 / 7)  # 3 / (1/2 + 1 + 1/2) for that one, 0 for those without it
         assert row.overall_low is not None
-        assert row.overall_low <= row.overall <= (row.overall_high or 0)
+        assert row.overall_high is not None
+        assert row.overall_low <= row.overall <= row.overall_high
     lines = [json.loads(line) for line in (tmp_path / "grades.jsonl").read_text("utf-8").splitlines()]
     assert len(lines) == n_texts
     assert sum(line["error"] != "" for line in lines) == summary["failed"]
