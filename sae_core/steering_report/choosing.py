@@ -27,7 +27,7 @@ from sae_core.study import SteeringReportSettings
 
 CHOICES = "choices.parquet"
 CHOOSING = ("Tell me about your day.", "Write a short story.", "What should I do this weekend?", "Describe a room.")
-_SELDOM = 5e-4
+SELDOM = 5e-4
 """Rates are held against at least this: half a word in a thousand tokens, ten times of which one could notice."""
 CHOICES_SCHEMA = pa.schema(
     [
@@ -64,7 +64,7 @@ class Choice(NamedTuple):
     @property
     def rise(self) -> float:
         """How many times as frequent the words become, as far as one would notice."""
-        return self.rate / max(self.candidate.base_rate, _SELDOM)
+        return self.rate / max(self.candidate.base_rate, SELDOM)
 
     def row(self) -> dict[str, object]:
         """As in `CHOICES_SCHEMA`."""

@@ -172,7 +172,7 @@ def first_token_kl(
         for places in asked.values():
             logprobs = _first_token(subject, prompt, [conditions[place] for place in places])
             total[places] += (logprobs.exp() * (logprobs - default)).sum(1)
-    return total / len(prompts)
+    return (total / len(prompts)).clamp(min=0)  # rounding
 
 
 @torch.no_grad()

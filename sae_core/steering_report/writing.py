@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from sae_core.steering_levers import Lever
-from sae_core.steering_report.choosing import Choice
+from sae_core.steering_report.choosing import SELDOM, Choice
 from sae_core.steering_report.measuring import REPORTING
 from sae_core.steering_report.rows import Row, expected_to_rise, raised
 from sae_core.study import SteeringReportSettings
@@ -53,18 +53,19 @@ def _choosing(choices: Sequence[Choice], settings: SteeringReportSettings) -> li
         f"the model says), the {n_candidates} of the highest output scores were tried on "
         "prompts that report nothing. By the probabilities of the next token along the model's own texts, each got the "
         "strength of the most words at an expected perplexity ratio of at most "
-        f"{settings.forecast_ratio_max:g}, and those whose words rise most are reported.",
+        f"{settings.forecast_ratio_max:g}, and those whose words rise most are reported, over what the model says "
+        f"anyway, or over {SELDOM:g} of the tokens where that is less.",
         "",
-        "| strength | fluent | of these, words tenfold | median rise of words | median perplexity ratio |",
+        "| strength | fluent | of these, words tenfold | median share of words | median perplexity ratio |",
         "| --- | --- | --- | --- | --- |",
     ]
     for strength in sorted({choice.strength for choice in choices}):
         some = [choice for choice in choices if choice.strength == strength]
-        rises = [choice.rise for choice in some]
+        rate, ratio = np.median([(choice.rate, choice.perplexity_ratio) for choice in some], 0)
         fluent = [choice for choice in some if choice.perplexity_ratio <= settings.forecast_ratio_max]
         lines.append(
             f"| {strength:g} | {len(fluent)} of {len(some)} | {sum(choice.rise >= 10 for choice in fluent)} | "
-            f"{np.median(rises):.1f} | {np.median([choice.perplexity_ratio for choice in some]):.2f} |"
+            f"{rate:.5f} | {ratio:.2f} |"
         )
     return lines
 

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from sae_core.labels.asker import Asker, Record
 from sae_core.labels.budget import BudgetReached
@@ -23,7 +23,7 @@ from sae_core.labels.labeler import run_all
 from sae_core.labels.prompts import BadAnswer, Message, as_data, marked, objects
 from sae_core.labels.scoring.embedding import joined
 from sae_core.labels.scoring.items import SHOWN, Answers, Item, Trial
-from sae_core.labels.scoring.simulation import ALTERNATIVES, STRONGEST, NoProbabilities, Values, simulated
+from sae_core.labels.scoring.simulation import ALTERNATIVES, STRONGEST, NoProbabilities, simulated
 from sae_core.progress import Report
 
 _SIMULATED = 5  # texts in which the feature fires, and as many in which it does not: OpenAI's protocol has 5 and 5
@@ -229,7 +229,7 @@ class Judge:
             tokens += (note.get("prompt_tokens", 0), note.get("completion_tokens", 0))
         return Answers(task, says, int(tokens[0]), int(tokens[1]))
 
-    def _read(self, task: Task, n_texts: int, completion: Completion) -> Values | list[int]:
+    def _read(self, task: Task, n_texts: int, completion: Completion) -> Float[np.ndarray, " shown"] | list[int]:
         try:
             return simulated(completion) if task == "simulation" else read(task, completion.text, n_texts)
         except NoProbabilities:
