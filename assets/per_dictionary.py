@@ -1,7 +1,7 @@
 """The one shape of most stages: made for a dictionary, from what came before, by one function of `sae_core`."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dagster as dg
 
@@ -14,6 +14,9 @@ from sae_core.settings import Settings
 from sae_core.stages import ON_DEMAND, VERSIONS
 from sae_core.studies import Order
 from sae_core.study import Study
+
+if TYPE_CHECKING:
+    from sae_core.steering_texts import Subject
 
 REPORTS = "reports"
 """The group of what is made on demand."""
@@ -35,6 +38,17 @@ class Task(NamedTuple):
     def slug(self) -> str:
         """Of the dictionary."""
         return self.draft.recipe.slug
+
+    def subject(self) -> "Subject":
+        """The model in float32, and the dictionary that steers it, for stages that read activations and features."""
+        from sae_core.atlas import sink_norm
+        from sae_core.language_model import LanguageModel
+        from sae_core.steering_texts import Subject
+
+        study, parents = self.study, self.draft.parents
+        lm = LanguageModel.load(study.model, self.workshop.torch_device(), "float32")
+        made, bound = (parents["dictionary"].folder, parents["features"].folder), sink_norm(parents["activations"])
+        return Subject.open(lm, study.site, *made, bound)
 
 
 def per_dictionary(

@@ -27,12 +27,7 @@ def safety(task: Task) -> dict[str, Any]:
 @per_dictionary(BehaviorSettings, [features, safety], REPORTS, {"pytorch", "parquet"}, markdown)
 def behaviors(task: Task) -> dict[str, Any]:
     """Flips when asked for certainty, praise of bad poems, pronouns of professions: steered, against controls."""
-    from sae_core.atlas import sink_norm
     from sae_core.safety.behaviors import build_behaviors
 
-    study, parents = task.study, task.draft.parents
-    return build_behaviors(
-        study.behaviors, study.model, study.site, sink_norm(parents["activations"]), parents["dictionary"].folder,
-        parents["features"].folder, parents["safety"].folder, task.draft.folder, task.workshop.torch_device(),
-        task.report,
-    )  # fmt: skip
+    audit = task.draft.parents["safety"].folder
+    return build_behaviors(task.study.behaviors, task.subject(), audit, task.draft.folder, task.report)

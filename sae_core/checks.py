@@ -125,6 +125,11 @@ CHECKS: dict[str, list[Check]] = {
             lambda s: s.get("rate_random_direction", 0) / (s.get("rate_base", 0) + 1e-3),
             lambda wanted, order: Bounds(high=5), warns=True,
         ),
+        Check(
+            "graded", "Share of the texts that a language model was to grade whose answers could not be used.",
+            lambda s: s.get("failed", 0) / max(s.get("judged", 0), 1),
+            lambda wanted, order: Bounds(high=wanted.label_failures_max), warns=True,
+        ),
     ],
     "labels": [
         Check(

@@ -38,6 +38,8 @@ class Sampling(NamedTuple):
     """Of the drawing. Every token takes one uniform number, so that two streams of a seed draw alike."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer and are no part of it."""
+    watched: tuple[tuple[int, ...], ...] = ()
+    """Sets of tokens; how likely one of each is to be drawn is told at every token."""
 
 
 class Token(NamedTuple):
@@ -50,6 +52,8 @@ class Token(NamedTuple):
     """What can be shown now: whole characters, and nothing that may yet become a stop text."""
     finish: str = ""
     """Why this is the last: `stop` (the model's own end or a stop text) or `length`; empty when more follow."""
+    watched: tuple[float, ...] = ()
+    """Probability that it would be of each set that is watched, at the temperature of the sampling."""
 
 
 def read_prompt(lm: LanguageModel, prompt: str | Sequence[Message]) -> Prompt:
@@ -105,7 +109,8 @@ def generate(
         tokens = {}
         for row in live:
             left[row] -= 1
-            tokens[row] = texts[row].token(drawn[row], float(logprobs[row, drawn[row]]), lm.stop_ids, left[row] == 0)
+            token = texts[row].token(drawn[row], float(logprobs[row, drawn[row]]), lm.stop_ids, left[row] == 0)
+            tokens[row] = token._replace(watched=_watched(logits[row], samplings[row]))
         yield tokens
         live = [row for row in live if not tokens[row].finish]
         batch.append(drawn)
@@ -242,15 +247,29 @@ class WholeCharacters:
         return self._decode(self._before + self._new)[len(self._decode(self._before)) :]
 
 
+def probabilities(logits: Float[Tensor, "*rows vocab"], temperature: float) -> Float[Tensor, "*rows vocab"]:
+    """Those that tokens are drawn with; at temperature 0, all of it is the likeliest token's."""
+    if not temperature:
+        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    return (logits / temperature).softmax(-1)
+
+
+def _watched(logits: Float[Tensor, " vocab"], sampling: Sampling) -> tuple[float, ...]:
+    if not sampling.watched:
+        return ()
+    drawn = probabilities(logits, sampling.temperature)
+    return tuple(float(drawn[list(tokens)].sum()) for tokens in sampling.watched)
+
+
 def _draw(logits: Float[Tensor, " vocab"], sampling: Sampling, rng: torch.Generator) -> int:
     """A token; where tokens are drawn, by the inverse of the distribution at one uniform number."""
     if sampling.temperature == 0:
         return int(logits.argmax())
-    probabilities = (logits.double() / sampling.temperature).softmax(-1)
+    chances = probabilities(logits.double(), sampling.temperature)
     if sampling.top_p < 1:
-        sorted_, order = probabilities.sort(descending=True)
+        sorted_, order = chances.sort(descending=True)
         unlikely = sorted_.cumsum(0) - sorted_ >= sampling.top_p
-        probabilities[order[unlikely]] = 0
-    below = probabilities.cumsum(0)
+        chances[order[unlikely]] = 0
+    below = chances.cumsum(0)
     level = float(torch.rand(1, generator=rng, dtype=torch.double)) * float(below[-1])
     return int((below <= level).sum().clamp(max=len(below) - 1))

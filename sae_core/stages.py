@@ -4,7 +4,7 @@
                                        -> neighbors -> labels
                                        -> feature_map
                                        -> steering       and, of all together: atlas
-    steering -> steering_report
+    steering, labels -> steering_report
 
 and, when they are asked for, the reports `safety` (of features and steering), `behaviors` (of the features that it
 found) and `multilingual`.
@@ -25,7 +25,7 @@ VERSIONS = {
     "labels": 5, "atlas": 1,
 }  # fmt: skip
 
-ON_DEMAND = {"steering_report": 2, "safety": 2, "multilingual": 2, "behaviors": 1}
+ON_DEMAND = {"steering_report": 3, "safety": 2, "multilingual": 2, "behaviors": 1}
 """Versions of the stages that are no part of an atlas, and made when somebody asks for them."""
 
 
@@ -78,7 +78,7 @@ def _dictionary_recipes(
     yield _recipe("atlas", slug, {}, corpus, activations, *written, trained, features, *parts)
     if on_demand:
         report = _settings(study.steering_report)
-        yield _recipe("steering_report", slug, report, corpus, activations, trained, features, steering)
+        yield _recipe("steering_report", slug, report, corpus, activations, trained, features, steering, labels)
         parents = (corpus, activations, trained, features)
         safety = _recipe("safety", slug, _safety_settings(study), *parents, steering)
         yield safety

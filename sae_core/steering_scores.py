@@ -9,7 +9,6 @@ For the features of the highest scores a short search finds the largest strength
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,14 +21,12 @@ from torch import Tensor
 
 from sae_core.artifacts import write_atomically
 from sae_core.by_feature import ROW_GROUP
-from sae_core.features import Features
 from sae_core.features.logits import logit_effects
-from sae_core.language_model import LanguageModel
-from sae_core.names import Site
 from sae_core.progress import Report, silent
-from sae_core.steering import Steer, Steering
+from sae_core.steering import Steer
+from sae_core.steering_replay import Passage, Replay
 from sae_core.steering_texts import Condition, Subject, measure_texts, write_texts
-from sae_core.study import ModelSettings, SteeringSettings
+from sae_core.study import SteeringSettings
 
 SCORES = "scores.parquet"
 NEUTRAL = ("I think that", "There is a")
@@ -57,9 +54,8 @@ class _Effect(NamedTuple):
 
 
 def build_steering(
-    settings: SteeringSettings, model: ModelSettings, site: Site, sink_norm: float, dictionary: Path, features: Path,
-    folder: Path, device: str = "cpu", report: Report = silent,
-) -> dict[str, Any]:  # fmt: skip
+    settings: SteeringSettings, subject: Subject, folder: Path, report: Report = silent
+) -> dict[str, Any]:
     """Write `scores.parquet` into `folder`: a row for each feature, empty where nothing was measured.
 
     Columns: feature; output_score, -1 to 1; probability_gain; role, `output` where the score is above that of 95% of
@@ -67,22 +63,15 @@ def build_steering(
 
     Args:
         settings: what is measured.
-        model: the language model, run in float32.
-        site: where the dictionary reads it.
-        sink_norm: norm above which an activation is an attention sink.
-        dictionary: folder of the finished dictionary.
-        features: folder of its features.
+        subject: the model and the dictionary.
         folder: where to write.
-        device: where to compute.
         report: progress, in features.
 
     Returns:
         Numbers of features scored, of those that are `output`, and with a strength; the score that random directions
         stay below, the median score.
     """
-    lm = LanguageModel.load(model, device, precision="float32")
-    subject = Subject.open(lm, site, dictionary, features, sink_norm)
-    scored = live_features(features, settings.scored)
+    scored = live_features(subject, settings.scored)
     effects = output_effects(subject, scored, settings, report)
     null = random_effects(subject, scored, settings)
     bound = float(np.quantile(null.score, 0.95)) if len(null.score) else math.nan
@@ -110,10 +99,9 @@ def build_steering(
     }
 
 
-def live_features(features: Path, limit: int | None = None) -> Int[np.ndarray, " n"]:
+def live_features(subject: Subject, limit: int | None = None) -> Int[np.ndarray, " n"]:
     """Numbers of the features that fire at all, in order; with a limit, of those with the largest maxima."""
-    table = Features.open(features).table()
-    maxima = table["max_act"].to_numpy()
+    maxima = subject.max_acts.numpy()
     alive = np.flatnonzero(maxima > 0)
     return np.sort(alive[np.argsort(-maxima[alive], kind="stable")][:limit])
 
@@ -149,17 +137,11 @@ def _joined(parts: Sequence[_Effect]) -> _Effect:
 
 
 class _Scorer:
-    """The neutral prompts, read by the model up to the layer of the site; from there on it runs for many features."""
+    """The neutral prompts, and what follows them under the steering of many features."""
 
     def __init__(self, subject: Subject, settings: SteeringSettings) -> None:
         self._subject, self._settings = subject, settings
-        lm, site = subject.lm, subject.site
-        self._prompts = [torch.tensor([lm.prompt_ids(text)], device=lm.device) for text in NEUTRAL]
-        self._inputs = [lm.capture("resid_pre", site.layer, ids) for ids in self._prompts]
-        self._before = [lm.logits(ids)[0, -1].float() for ids in self._prompts]
-        self._resumes = True
-        alike = (torch.allclose(self._logits(n, 1)[0], b, rtol=1e-2, atol=1e-2) for n, b in enumerate(self._before))
-        self._resumes = all(alike)
+        self._replay = Replay(subject, [Passage(subject.lm.prompt_ids(text), 1) for text in NEUTRAL])
 
     def effect(self, features: list[int], directions: Float[Tensor, "features d_model"]) -> _Effect:
         subject, n = self._subject, self._settings.promoted_tokens
@@ -167,28 +149,13 @@ class _Scorer:
         steers = [Steer(feature, self._settings.probe_strength) for feature in features]
         steering = subject.steering(steers, torch.eye(len(steers), dtype=torch.bool), directions)
         score, gain = torch.zeros(len(features)), torch.zeros(len(features))
-        for number, logits in enumerate(self._before):
+        for number, logits in enumerate(self._replay.before):
             before = logits.expand(len(features), -1)
-            after = self._logits(number, len(features), steering)
+            after = self._replay.logits(number, len(features), steering)[:, -1]
             climbed = _ranks(before, promoted).log() - _ranks(after, promoted).log()
             score += climbed.mean(1).cpu() / math.log(logits.shape[-1])
             gain += (_probability(after, promoted) - _probability(before, promoted)).cpu()
         return _Effect((score / len(NEUTRAL)).numpy(), (gain / len(NEUTRAL)).numpy())
-
-    @torch.no_grad()
-    def _logits(self, number: int, rows: int, steering: Steering | None = None) -> Float[Tensor, "rows vocab"]:
-        """Logits after a prompt, in as many rows; the layers before the site run only where they must."""
-        lm, ids = self._subject.lm, self._prompts[number].expand(rows, -1)
-        with ExitStack() as stack:
-            if self._resumes:
-                acts = self._inputs[number].expand(rows, -1, -1)
-                stack.enter_context(lm.resumed(self._subject.site.layer, acts))
-            if steering is not None:
-                stack.enter_context(steering.applied(lm))
-            # Rows cut out of longer ones would be multiplied one by one, each with the whole embedding.
-            head = lm.model.get_output_embeddings()
-            stack.callback(head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(),)).remove)
-            return lm.model(ids, use_cache=False, logits_to_keep=1).logits[:, -1].float()
 
 
 def _ranks(logits: Float[Tensor, "rows vocab"], tokens: Int[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:

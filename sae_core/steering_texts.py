@@ -1,6 +1,6 @@
 """Texts written under many kinds of steering at once, and what is measured on them.
 
-All texts of a prompt are rows of one batch: prompts are read once for all, and no row is padded.
+All texts of a prompt are rows of one batch, those with an instruction before it apart: so none but these are padded.
 """
 
 import re
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sae_core.dictionary import Dictionary
 from sae_core.features import FeatureRow, Features
-from sae_core.generation import Sampling, generate, read_prompt
+from sae_core.generation import Sampling, Token, generate, read_prompt
 from sae_core.language_model import LanguageModel, Message
 from sae_core.names import Site
 from sae_core.progress import Report, silent
@@ -70,6 +70,14 @@ class Subject:
         shown[: len(self.lm.tokenizer)] = True
         shown[[i for i in self.lm.tokenizer.all_special_ids if i < len(shown)]] = False
         return shown
+
+    @cached_property
+    def tokens(self) -> dict[str, list[int]]:
+        """The tokens that are each word, see `words`."""
+        found: dict[str, list[int]] = defaultdict(list)
+        for token, word in enumerate(self.words):
+            found[word].append(token)
+        return found
 
     @cached_property
     def words(self) -> list[str]:
@@ -127,6 +135,27 @@ class Condition(NamedTuple):
     """What stands in for the feature's decoder row."""
     instruction: str = ""
     """Put before the prompt, as words of the user."""
+    watched: tuple[tuple[int, ...], ...] = ()
+    """Sets of tokens, see `generation.Sampling`."""
+
+
+def with_controls(subject: Subject, steer: Steer, n: int, seed: int) -> dict[str, list[Condition]]:
+    """A feature, as `feature`, and its controls: `random_direction`, which goes as far, and `random_feature`.
+
+    Args:
+        subject: the model and the dictionary.
+        steer: what is done to the feature.
+        n: random directions, and other live features at the same strength, that are drawn; fewer where there are fewer.
+        seed: of the draws.
+    """
+    alive = np.flatnonzero(subject.max_acts.numpy() > 0)
+    others = alive[alive != steer.feature]
+    drawn = np.random.default_rng([seed, steer.feature]).choice(others, min(n, len(others)), replace=False)
+    return {
+        "feature": [Condition(steer)],
+        "random_direction": [Condition(steer, d) for d in subject.random_directions(n, seed + steer.feature)],
+        "random_feature": [Condition(steer._replace(feature=int(other))) for other in drawn],
+    }
 
 
 class Text(NamedTuple):
@@ -139,7 +168,8 @@ class Text(NamedTuple):
     prompt_ids: list[int]
     """Of the prompt alone, without an instruction: its perplexity is that of an answer to the prompt."""
     ids: list[int]
-    logprobs: list[float]
+    watched: Float[np.ndarray, "tokens sets"]
+    """At each token, the probability that it would be of a set that the condition watches."""
 
 
 class Measures(NamedTuple):
@@ -162,23 +192,28 @@ def write_texts(
     texts: list[Text] = []
     total = len(prompts) * seeds * len(conditions)
     for number, prompt in enumerate(prompts):
+        read = {c.instruction: read_prompt(subject.lm, user_says(prompt, c.instruction)) for c in conditions}
         plain = read_prompt(subject.lm, user_says(prompt)).ids
-        asked: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        asked: dict[bool, list[tuple[int, int]]] = defaultdict(list)
         for place, condition in enumerate(conditions):
-            asked[condition.instruction] += [(place, n) for n in range(seeds)]
-        for instruction, wanted in asked.items():
-            ids = read_prompt(subject.lm, user_says(prompt, instruction))
+            asked[bool(condition.instruction)] += [(place, n) for n in range(seeds)]
+        for wanted in asked.values():
             for start in range(0, len(wanted), _ROWS):
                 rows = wanted[start : start + _ROWS]
                 drawn = [seed + 7919 * number + n for _, n in rows]  # a stride that no number of seeds reaches
-                samplings = [Sampling(max_tokens, temperature, seed=s) for s in drawn]
+                watched = [conditions[place].watched for place, _ in rows]
+                samplings = [
+                    Sampling(max_tokens, temperature, seed=s, watched=w) for s, w in zip(drawn, watched, strict=True)
+                ]
                 steering = condition_steering(subject, [conditions[place] for place, _ in rows])
-                said: list[list[tuple[int, float]]] = [[] for _ in rows]
-                for step in generate(subject.lm, [ids] * len(rows), samplings, steering):
+                said: list[list[Token]] = [[] for _ in rows]
+                prompts_of = [read[conditions[place].instruction] for place, _ in rows]
+                for step in generate(subject.lm, prompts_of, samplings, steering):
                     for row, token in step.items():
-                        said[row].append((token.id, token.logprob))
+                        said[row].append(token)
                 for (place, n), tokens in zip(rows, said, strict=True):
-                    texts.append(Text(place, number, n, plain, [t for t, _ in tokens], [p for _, p in tokens]))
+                    seen = np.array([token.watched for token in tokens]).reshape(len(tokens), -1)
+                    texts.append(Text(place, number, n, plain, [token.id for token in tokens], seen))
                 report(len(texts), total, "texts")
     return texts
 
@@ -231,6 +266,11 @@ def repetition(ids: Sequence[int]) -> float:
 def concept_rate(subject: Subject, text: Text, concept: set[str]) -> float:
     """Share of a text's tokens that are, as words, of the concept."""
     return float(np.mean([subject.words[token] in concept for token in text.ids])) if text.ids else 0.0
+
+
+def word_ids(subject: Subject, words: Sequence[str]) -> list[int]:
+    """The tokens that are one of the words."""
+    return [token for word in words for token in subject.tokens[word]]
 
 
 def bootstrap(values: Float[np.ndarray, " n"], seed: int = 0) -> tuple[float, float]:

@@ -322,26 +322,31 @@ class SteeringSettings(Settings):
 class SteeringReportSettings(Settings):
     """What steering does and what controls do, measured on texts."""
 
+    candidates: int = Field(64, ge=0)
+    """Features looked at, by output score, of those that have words of their own."""
     features: int = Field(16, ge=0)
-    """Features, by output score, of those that have words of their own."""
+    """Features reported: of these, those whose words are to become the most frequent, by the prompts that choose."""
     words_min: int = Field(3, ge=1)
     """A feature is measured when so many whole words that it promotes or often fires on are rare:"""
     word_rate_max: Share = 1e-4
     """those of at most this share of the corpus's tokens. What is said anyway cannot be said ten times as often."""
     base_rate_max: Share = 0.004
     """And all of them together make up no more than this share of what the model says anyway."""
-    seeds: int = Field(1, ge=1)
-    """Texts of each prompt, feature and strength."""
-    base_seeds: int = Field(8, ge=0)
+    seeds: int = Field(2, ge=1)
+    """Texts of each prompt, feature and condition."""
+    base_seeds: int = Field(4, ge=0)
     """Further texts of each prompt without steering, which all features are held against."""
-    max_tokens: int = Field(24, ge=4)
+    max_tokens: int = Field(32, ge=4)
     """Tokens of each text."""
     temperature: float = Field(0.7, ge=0)
     """Of the texts."""
-    strengths: list[float] = Field([0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0], min_length=1)
+    strengths: list[float] = Field([0.5, 0.75, 1.0, 1.25, 1.5, 2.0], min_length=1)
     """Strengths among which half the prompts choose."""
+    forecast_ratio_max: float = Field(1.5, ge=1)
+    """The strength of the highest expected concept rate is chosen among those whose expected perplexity, over that of
+    the model as it is, stays below this: less than what is allowed of texts, which drift."""
     perplexity_ratio_max: float = Field(2.0, ge=1)
-    """The strength of the highest concept rate is chosen among those that stay below this."""
+    """Texts of a larger perplexity ratio do not count."""
     lever_tokens: int = Field(16_384, ge=1)
     """Tokens of held-out text in which firings are looked for, for the levers test."""
     seed: int = 0

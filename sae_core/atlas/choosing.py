@@ -55,6 +55,7 @@ SORTS = {
     "rarity": ("density", 1),
     "strength": ("max_act", -1),
     "score": ("label_score", -1),
+    "output": ("output_score", -1),
     "number": ("feature", 1),
 }
 """How found features may be sorted: by what, from the least (1) or the largest (-1) on; unknown values come last."""
@@ -68,6 +69,8 @@ class Columns(NamedTuple):
     n_fired: Int64[np.ndarray, " d_sae"]
     label_score: Float64[np.ndarray, " d_sae"]
     """NaN where there is none."""
+    output_score: Float32[np.ndarray, " d_sae"]
+    """How well it steers; NaN where that was not measured."""
     cluster: Int64[np.ndarray, " d_sae"]
     """`NOWHERE` where it has no place on the map."""
     kind: pa.Array
@@ -102,9 +105,14 @@ def read_columns(tables: Tables) -> Columns:
     if "map" in tables:
         places = tables.arrow("SELECT feature, cluster FROM map")
         cluster[places["feature"].to_numpy()] = places["cluster"].to_numpy()
+    output_score = np.full(len(facts), np.nan, np.float32)
+    if "steering" in tables:
+        scored = tables.arrow("SELECT feature, output_score FROM steering WHERE output_score IS NOT NULL")
+        output_score[scored["feature"].to_numpy()] = scored["output_score"].to_numpy()
     return Columns(
         **{name: facts[name].to_numpy() for name in ("density", "max_act", "n_fired")},
         label_score=told["label_score"].to_numpy(zero_copy_only=False),
+        output_score=output_score,
         cluster=cluster,
         kind=told["kind"],
         is_written=told["is_written"].to_numpy(zero_copy_only=False),

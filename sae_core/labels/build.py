@@ -1,13 +1,11 @@
 """The labels stage: which features are asked about, and the table that comes of it."""
 
 import asyncio
-import json
 import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,10 @@ from sae_core.artifacts import write_atomically
 from sae_core.by_feature import ROW_GROUP
 from sae_core.features import FeatureRow, Features
 from sae_core.labels import prompts
+from sae_core.labels.asker import recorder
 from sae_core.labels.carry import Previous, carry_over, held_before
 from sae_core.labels.endpoint import label_writer
-from sae_core.labels.labeler import Labeler, Outcome, Record
+from sae_core.labels.labeler import Labeler, Outcome
 from sae_core.labels.labelers import Earlier, keep_earlier
 from sae_core.labels.lexical import lexical_label
 from sae_core.labels.reader import ATTEMPTS, LABELS, SCHEMA, LabelError, LabelRow, Labels
@@ -86,7 +85,7 @@ def build_labels(
     summary: dict[str, Any] = {"stopped": "", "spent": 0.0}
     if chosen:
         key = api_key or os.environ.get("OPENAI_API_KEY") or "none"  # many servers want none; one that does says so
-        with _recorder(folder / ATTEMPTS) as record, label_writer(settings, key, report) as client:
+        with recorder(folder / ATTEMPTS) as record, label_writer(settings, key, report) as client:
             labeler = Labeler(client, source, settings, record)
             at_once = settings.concurrency if settings.base_url else 1
             for row in carried:
@@ -199,20 +198,6 @@ def asked_all(outcomes: Sequence[Outcome], source: Features, settings: LabelSett
     """The rows of the features that were asked about."""
     names = [lexical_label(source.feature(outcome.feature)) for outcome in outcomes]
     return [_asked(outcome, name, settings) for outcome, name in zip(outcomes, names, strict=True)]
-
-
-@contextmanager
-def _recorder(path: Path) -> Iterator[Record]:
-    """Add lines to the record of attempts; a line that a killed run left half written is dropped first."""
-    with path.open("a+b") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-
-        def record(attempt: dict[str, Any]) -> None:
-            file.write(json.dumps(attempt, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
-            file.flush()
-
-        yield record
 
 
 def _rows(

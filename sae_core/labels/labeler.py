@@ -2,10 +2,11 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any, NamedTuple
 
 from sae_core.features import Features
+from sae_core.labels.asker import Record
 from sae_core.labels.budget import BudgetReached
 from sae_core.labels.client import ChatClient, Completion, EndpointDown, EndpointError, RequestFailed
 from sae_core.labels.prices import NOTHING, Usage
@@ -16,8 +17,6 @@ from sae_core.study import LabelSettings
 TURNS = 2
 """Times a feature is asked about: once, and once more when the answer cannot be used."""
 _GIVE_UP_AFTER = 5  # requests in a row that the server failed: it is not this or that request, it is the server
-
-Record = Callable[[dict[str, Any]], None]
 
 
 class Outcome(NamedTuple):

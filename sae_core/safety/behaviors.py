@@ -31,8 +31,8 @@ from sae_core.progress import Report, silent
 from sae_core.safety.audit import AUDIT
 from sae_core.settings import Settings
 from sae_core.steering import Steer
-from sae_core.steering_texts import Condition, Subject, condition_steering
-from sae_core.study import BehaviorSettings, ModelSettings
+from sae_core.steering_texts import Condition, Subject, condition_steering, with_controls
+from sae_core.study import BehaviorSettings
 
 SHIPPED = Path(__file__).with_suffix(".toml")
 BEHAVIORS, TABLE, MARKDOWN = "behaviors.json", "behaviors.parquet", "behaviors.md"
@@ -125,21 +125,15 @@ def load_behaviors(path: Path = SHIPPED) -> list[Behavior]:
 
 
 def build_behaviors(
-    settings: BehaviorSettings, model: ModelSettings, site: Site, sink_norm: float, dictionary: Path, features: Path,
-    audit: Path, folder: Path, device: str = "cpu", report: Report = silent,
-) -> dict[str, Any]:  # fmt: skip
+    settings: BehaviorSettings, subject: Subject, audit: Path, folder: Path, report: Report = silent
+) -> dict[str, Any]:
     """Write `behaviors.json`, `behaviors.parquet` (columns as in `Effect`) and `behaviors.md`.
 
     Args:
         settings: how much is measured.
-        model: the language model, run in float32.
-        site: where the dictionary reads it.
-        sink_norm: norm above which an activation is an attention sink.
-        dictionary: folder of the finished dictionary.
-        features: folder of its features.
+        subject: the model and the dictionary.
         audit: folder of its audit, which says which features stand for a concept.
         folder: where to write.
-        device: where to compute.
         report: progress, in choices.
 
     Returns:
@@ -148,7 +142,6 @@ def build_behaviors(
     Raises:
         BehaviorError: the audit left out a concept.
     """
-    subject = Subject.open(LanguageModel.load(model, device, "float32"), site, dictionary, features, sink_norm)
     behaviors, found = load_behaviors(), {row["concept"]: row for row in json.loads((audit / AUDIT).read_text("utf-8"))}
     effects: list[Effect] = []
     counted: dict[str, Any] = {}
@@ -165,7 +158,7 @@ def build_behaviors(
     shown = {"behaviors": [b.model_dump(include=_TOLD) | {"n_items": counted[f"items_{b.name}"]} for b in behaviors],
              "effects": table.to_pylist()}  # fmt: skip
     (folder / BEHAVIORS).write_text(json.dumps(shown, ensure_ascii=False, indent=1), "utf-8")
-    (folder / MARKDOWN).write_text(markdown(behaviors, effects, counted, site), "utf-8")
+    (folder / MARKDOWN).write_text(markdown(behaviors, effects, counted, subject.site), "utf-8")
     own = [effect for effect in effects if effect.by == "feature"]
     not_finite = sum(not np.isfinite(effect.shift) for effect in effects)
     return counted | {"n_changes": len(own), "n_beyond": len(beyond(own)), "n_not_finite": not_finite}
@@ -200,24 +193,11 @@ def measure(
     for number, feature in enumerate(best):
         for place, (change, share) in enumerate(CHANGES.items()):
             steer = Steer(feature, share * settings.strength)
-            kinds = _against(subject, steer, settings).items()
+            kinds = with_controls(subject, steer, settings.controls, settings.seed).items()
             done = {by: choose(subject, choices, conditions) for by, conditions in kinds}
             effects += _judged(behavior.name, feature, change, done, base)
             report((2 + number * len(CHANGES) + place + 1) * len(items), total, "choices")
     return effects
-
-
-def _against(subject: Subject, steer: Steer, settings: BehaviorSettings) -> dict[str, list[Condition]]:
-    """The feature, and its controls."""
-    n, alive = settings.controls, np.flatnonzero(subject.max_acts.numpy() > 0)
-    others = alive[alive != steer.feature]
-    drawn = np.random.default_rng([settings.seed, steer.feature]).choice(others, min(n, len(others)), replace=False)
-    directions = subject.random_directions(n, settings.seed + steer.feature)
-    return {
-        "feature": [Condition(steer)],
-        "random_direction": [Condition(steer, direction) for direction in directions],
-        "random_feature": [Condition(steer._replace(feature=int(other))) for other in drawn],
-    }
 
 
 def _judged(name: str, feature: int, change: str, done: dict[str, Chosen], base: Chosen) -> list[Effect]:

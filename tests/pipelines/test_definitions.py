@@ -43,7 +43,7 @@ def test_lineage_runs_from_the_corpus_to_the_labels():
     assert parents["features"] == {"dictionary", "activations", "corpus"}
     assert parents["labels"] == {"features", "neighbors"}
     assert parents["steering"] == {"activations", "dictionary", "features"}
-    assert parents["steering_report"] == parents["steering"] | {"steering", "corpus"}
+    assert parents["steering_report"] == parents["steering"] | {"steering", "corpus", "labels"}
     assert parents["neighbors"] == parents["feature_map"] == {"dictionary"}
     assert parents["atlas"] == set(VERSIONS) - {"atlas"}
     assert parents["multilingual"] == {"features"}

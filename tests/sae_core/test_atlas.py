@@ -371,6 +371,21 @@ def test_a_feature_is_sorted_by_what_is_known_of_it(atlas: Atlas) -> None:
         atlas.browse(sort="name")
 
 
+def test_features_are_sorted_by_how_well_they_steer_and_those_not_measured_come_last(store: ArtifactStore) -> None:
+    scores = [None, 0.25, None, -0.5, 0.5, 0.0, None, None]
+    store.make(
+        Recipe("steering", SLUG, 1, {}),
+        lambda draft: write(draft.folder, "scores.parquet", {"feature": range(8), "output_score": scores}) or {},
+    )
+    found = [hit.feature for hit in Atlas.open(store, SLUG).browse(8, sort="output")]
+    assert found == [4, 1, 5, 3, 0, 2, 6, 7]
+    assert [hit.feature for hit in Atlas.open(store, SLUG).browse(2, sort="output", offset=1)] == [1, 5]
+
+
+def test_without_scores_of_steering_that_order_is_by_number(atlas: Atlas) -> None:
+    assert [hit.feature for hit in atlas.browse(3, sort="output")] == [0, 1, 2]
+
+
 def test_an_empty_store_gives_an_empty_database(tmp_path: Path) -> None:
     with duckdb.connect(str(write_views(ArtifactStore(tmp_path / "new"))), read_only=True) as database:
         assert database.execute("SELECT count(*) FROM dictionaries").fetchone() == (0,)

@@ -9,14 +9,16 @@ import asyncio
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
+from sae_core.labels.asker import Asker, Record
 from sae_core.labels.budget import BudgetReached
-from sae_core.labels.client import ChatClient, EndpointError, RequestFailed
+from sae_core.labels.client import ChatClient, Completion
 from sae_core.labels.labeler import run_all
 from sae_core.labels.prompts import BadAnswer, Message, as_data, marked, objects
 from sae_core.labels.scoring.embedding import joined
@@ -24,10 +26,8 @@ from sae_core.labels.scoring.items import SHOWN, Answers, Item, Trial
 from sae_core.labels.scoring.simulation import ALTERNATIVES, STRONGEST, NoProbabilities, simulated
 from sae_core.progress import Report
 
-_GIVE_UP_AFTER = 5  # requests in a row that the server failed
 _SIMULATED = 5  # texts in which the feature fires, and as many in which it does not: OpenAI's protocol has 5 and 5
 Task = Literal["detection", "fuzzing", "specificity", "simulation"]
-Record = Callable[[dict[str, Any]], None]
 
 _SYSTEM = """\
 A feature of a language model fires on some tokens of a text. You are given numbered texts between tags, and a name \
@@ -176,14 +176,13 @@ def read(task: Task, text: str, n_texts: int) -> list[int]:
 
 
 class Judge:
-    """Asks a client about trials, and counts the requests that failed in a row."""
+    """Asks a client about trials."""
 
     def __init__(self, client: ChatClient, record: Record) -> None:
         self.client = client
-        self.record = record
         self.stopped = ""
         """Why it asked no more, when the budget was used up."""
-        self._failures = 0
+        self._asker = Asker(client, record)
         self._cannot: set[Task] = set()
 
     async def judge_all(
@@ -223,30 +222,16 @@ class Judge:
         for batch, kind, messages, more in questions(trial, task):  # one after another, see there
             if task in self._cannot:
                 break
-            note: dict[str, Any] = {"feature": trial.feature, "scorer": task, "name": kind, "error": ""}
-            try:
-                completion = await self.client.complete(messages, **more)
-                self._failures = 0
-                note |= completion.told()
-                tokens += (completion.prompt_tokens, completion.completion_tokens)
-                says[kind][batch] = (
-                    simulated(completion) if task == "simulation" else read(task, completion.text, len(batch))
-                )
-            except NoProbabilities as lack:
-                self._cannot.add(task)
-                note["error"] = str(lack)
-            except BadAnswer as problem:
-                note["error"] = str(problem)
-            except RequestFailed as failure:
-                note["error"] = str(failure)
-                self._count_failure(str(failure))
-            self.record(note)
+            note: dict[str, Any] = {"feature": trial.feature, "scorer": task, "name": kind}
+            reads = partial(self._read, task, len(batch))
+            if (answer := await self._asker.ask(note, messages, reads, **more)) is not None:
+                says[kind][batch] = answer
+            tokens += (note.get("prompt_tokens", 0), note.get("completion_tokens", 0))
         return Answers(task, says, int(tokens[0]), int(tokens[1]))
 
-    def _count_failure(self, error: str) -> None:
-        self._failures += 1
-        if self._failures >= _GIVE_UP_AFTER:
-            raise EndpointError(
-                f"{self.client.endpoint} failed {self._failures} requests in a row, the last with: {error}; "
-                "see that it runs, then run again: what was answered is kept"
-            )
+    def _read(self, task: Task, n_texts: int, completion: Completion) -> Float[np.ndarray, " shown"] | list[int]:
+        try:
+            return simulated(completion) if task == "simulation" else read(task, completion.text, n_texts)
+        except NoProbabilities:
+            self._cannot.add(task)
+            raise

@@ -14,12 +14,13 @@ from jaxtyping import Float
 
 from sae_core.features import Example, Features
 from sae_core.features.reader import Sample
+from sae_core.labels.asker import Record
 from sae_core.labels.client import ChatClient
 from sae_core.labels.prompts import contrast
 from sae_core.labels.reader import LabelRow, Score
 from sae_core.labels.scoring.embedding import Embedder, joined
 from sae_core.labels.scoring.items import Answers, Ground, Item, Names, Scored, Trial, as_item, negatives, positives
-from sae_core.labels.scoring.judge import KINDS, Judge, Record, Task, asked_about
+from sae_core.labels.scoring.judge import KINDS, Judge, Task, asked_about
 from sae_core.labels.scoring.metrics import Pairwise, accuracy_pairs, auc_pairs, rating_pairs
 from sae_core.labels.scoring.simulation import Correlation
 from sae_core.language_model import LanguageModel

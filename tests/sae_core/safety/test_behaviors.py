@@ -114,13 +114,12 @@ def test_an_item_that_the_model_does_not_know_does_not_count(subject: Subject) -
 
 
 def test_the_stage_writes_every_change_of_every_behavior_beside_its_controls(
-    folders: dict[str, Path], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, Path], subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = [b.model_copy(update={"items": b.items[:4]}) for b in load_behaviors()]
     monkeypatch.setattr("sae_core.safety.behaviors.load_behaviors", lambda: short)
     settings = BehaviorSettings(features=1, controls=2)
-    inputs: Any = (settings, ModelSettings(source=str(tiny_model)), SITE, 1e9)
-    summary = build_behaviors(*inputs, folders["dictionary"], folders["features"], folders["audit"], tmp_path)
+    summary = build_behaviors(settings, subject, folders["audit"], tmp_path)
     assert summary["items_bad_poem"] == summary["items_profession_pronoun"] == 4
     assert summary["n_not_finite"] == 0
     rows = pq.read_table(tmp_path / "behaviors.parquet").to_pylist()
@@ -134,11 +133,10 @@ def test_the_stage_writes_every_change_of_every_behavior_beside_its_controls(
     assert json.loads((tmp_path / "behaviors.json").read_text("utf-8"))["effects"] == rows
 
 
-def test_an_audit_without_the_concept_is_refused(folders: dict[str, Path], tiny_model: Path, tmp_path: Path) -> None:
+def test_an_audit_without_the_concept_is_refused(subject: Subject, tmp_path: Path) -> None:
     (tmp_path / "audit.json").write_text("[]", "utf-8")
-    inputs: Any = (BehaviorSettings(), ModelSettings(source=str(tiny_model)), SITE, 1e9)
     with pytest.raises(BehaviorError, match="the audit has no concept 'sycophantic_praise'"):
-        build_behaviors(*inputs, folders["dictionary"], folders["features"], tmp_path, tmp_path)
+        build_behaviors(BehaviorSettings(), subject, tmp_path, tmp_path)
 
 
 def test_every_shipped_behavior_is_filled_by_each_of_its_items_and_of_a_concept_of_the_catalog() -> None:
