@@ -43,6 +43,7 @@ from sae_core.labels.reader import LabelRow  # noqa: E402
 from sae_core.labels.scoring.items import Ground, Item, Names, Trial  # noqa: E402
 from sae_core.labels.scoring.judge import ask, questions, read  # noqa: E402
 from sae_core.labels.scoring.metrics import accuracy_pairs  # noqa: E402
+from sae_core.labels.scoring.nearest import Texts  # noqa: E402
 from sae_core.labels.scoring.score import Scorer  # noqa: E402
 from sae_core.progress import silent  # noqa: E402
 from sae_core.study import LabelSettings, ModelSettings  # noqa: E402
@@ -124,7 +125,7 @@ def count(features: Features, neighbors: Path, delphi: Delphi, tokenizer: str, n
     default = LabelSettings()
     for trial in trials_without_model(features, neighbors, chosen):
         row, examples = features.feature(trial.feature), features.examples(trial.feature)
-        shown = prompts.choose_examples(examples, default.examples, 0)
+        shown = prompts.choose_examples(row, examples, default.examples, 0)
         for who in ("ours", DEFAULT):
             add(who, "label", [prompts.ask(row, [examples[i] for i in shown])])
         add("delphi", "label", [delphi.ask_label([*islice(cycle(examples), SHOWN)], row.max_act)])
@@ -178,12 +179,12 @@ def _asked(trial: Trial, task: Any, names: Names) -> list[Messages]:
 def trials_without_model(features: Features, neighbors: Path, chosen: Iterable[int]) -> list[Trial]:
     """The texts that would be judged, but for the nearest ones, which it takes a model to find."""
 
-    class Sketch(Scorer):
+    class NoTexts(Texts):
         def nearest(self, examples: Sequence[Example]) -> Iterable[int]:
             return ()
 
-    settings = LabelSettings(score_examples=JUDGED)
-    scorer = Sketch(settings, features, Ground(ModelSettings(source="none"), neighbors))
+    settings, ground = LabelSettings(score_examples=JUDGED), Ground(ModelSettings(source="none"), neighbors)
+    scorer = Scorer(settings, features, ground, NoTexts(ground.model, features))
     return scorer.trials([LabelRow(i, "lexical", "written", LABEL) for i in chosen], [], silent)
 
 

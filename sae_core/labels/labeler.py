@@ -3,15 +3,18 @@
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sae_core.features import Features
 from sae_core.labels.budget import BudgetReached
 from sae_core.labels.client import ChatClient, Completion, EndpointDown, EndpointError, RequestFailed
 from sae_core.labels.prices import NOTHING, Usage
-from sae_core.labels.prompts import Answer, BadAnswer, Message, ask, ask_again, choose_examples, contrast, read_answer
+from sae_core.labels.prompts import Answer, BadAnswer, Message, ask, ask_again, choose_examples, read_answer
 from sae_core.progress import Report
 from sae_core.study import LabelSettings
+
+if TYPE_CHECKING:
+    from sae_core.labels.scoring.nearest import Texts  # brings torch
 
 TURNS = 2
 """Times a feature is asked about: once, and once more when the answer cannot be used."""
@@ -47,13 +50,18 @@ class Labeler:
         features: what is known of the features.
         settings: how many examples, and the seed of their choice.
         record: told of every attempt, as JSON values.
+        texts: where texts in which a feature does not fire are looked for; without it, none is shown.
     """
 
-    def __init__(self, client: ChatClient, features: Features, settings: LabelSettings, record: Record) -> None:
+    def __init__(
+        self, client: ChatClient, features: Features, settings: LabelSettings, record: Record,
+        texts: "Texts | None" = None,
+    ) -> None:  # fmt: skip
         self.client = client
         self.features = features
         self.settings = settings
         self.record = record
+        self.texts = texts
         self.stopped = ""
         """Why features were left out, when the budget was used up."""
         self._failures = 0
@@ -111,11 +119,11 @@ class Labeler:
 
     def _question(self, feature: int) -> tuple[list[int], list[Message]]:
         """The examples to show, and what is asked about them."""
-        examples = self.features.examples(feature)
-        indices = choose_examples(examples, self.settings.examples, self.settings.seed)
-        row = self.features.feature(feature)
-        silent = contrast(self.features, row, self.settings.contrast)
-        return indices, ask(row, [examples[i] for i in indices], silent)
+        examples, row = self.features.examples(feature), self.features.feature(feature)
+        indices = choose_examples(row, examples, self.settings.examples, self.settings.seed)
+        shown = [examples[i] for i in indices]
+        silent = self.texts.silent(feature, shown, self.settings.contrast) if self.texts else []
+        return indices, ask(row, shown, silent)
 
     def _settle(self, feature: int) -> bool:
         """Count the answers about a feature that are kept already; whether they are all that it wants."""

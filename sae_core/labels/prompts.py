@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 from sae_core.errors import MindAtlasError
-from sae_core.features import Example, FeatureRow, Features
+from sae_core.features import Example, FeatureRow
 from sae_core.settings import fingerprint
 
 Kind = Literal["input", "output", "both", "unclear"]
@@ -22,6 +22,7 @@ MARK_SHARE = 0.3
 FIRES_ON, PROMOTED, SUPPRESSED = 3, 5, 3
 """Tokens listed that the feature fires on most, that it promotes most, and that it suppresses most."""
 _LONG_TOKEN = 40
+DECILES = 10
 LABEL_WORDS = 8
 MAX_TOKENS = 80
 """Bound of an answer; a good one takes about 40."""
@@ -79,7 +80,7 @@ ANSWER_SCHEMA: dict[str, Any] = {
 
 _SILENT = "in these it does not fire:"
 _SIZES = (BEFORE, AFTER, MARK_SHARE, FIRES_ON, PROMOTED, SUPPRESSED, MAX_TOKENS)
-VERSION = "2." + fingerprint([SYSTEM, _SHOTS, _SILENT, ANSWER_SCHEMA, *_SIZES])[:8]
+VERSION = "3." + fingerprint([SYSTEM, _SHOTS, _SILENT, ANSWER_SCHEMA, *_SIZES])[:8]
 """Names the prompt that a label came from; it changes by itself with anything the label writer is told."""
 
 
@@ -97,31 +98,35 @@ class BadAnswer(MindAtlasError):
     """An answer that holds no label; the message says what is wrong with it."""
 
 
-def choose_examples(examples: Sequence[Example], count: int, seed: int) -> list[int]:
-    """Indices of the examples to show, in order (strongest first): half are the top ones, half stand for the levels.
+def choose_examples(feature: FeatureRow, examples: Sequence[Example], count: int, seed: int) -> list[int]:
+    """Indices of the examples to show, in order (strongest first): half are the top ones, half go over the deciles.
 
-    The levels are gone through from the highest down, one example drawn at random from each, round after round.
-    Examples whose shown text was seen before are passed over; what the levels cannot fill, top ones do.
+    The latter are asked from deciles of rank that lie evenly between the weakest and the strongest, one drawn at random
+    from each; where no example is left of a decile, from the nearest that has one. Examples whose shown text was seen
+    before are passed over.
     """
-    top = [i for i, example in enumerate(examples) if example.kind == "top"]
-    n_top = count - count // 2
-    chosen: dict[str, int] = {}
-    for i in [*top[:n_top], *_by_turns(examples, random.Random(seed)), *top[n_top:]]:
-        if len(chosen) < count:
-            chosen.setdefault(mark(examples[i]), i)
-    return sorted(chosen.values())
-
-
-def _by_turns(examples: Sequence[Example], draw: random.Random) -> list[int]:
-    """Indices of the examples that stand for levels: one of each level, then a second of each, and so on."""
-    levels: dict[int, list[int]] = {}
+    distinct: dict[str, int] = {}
     for i, example in enumerate(examples):
-        if example.kind == "level":
-            levels.setdefault(example.level, []).append(i)
-    for indices in levels.values():
-        draw.shuffle(indices)
-    ordered = [levels[level] for level in sorted(levels, reverse=True)]
-    return [turn[n] for n in range(max(map(len, ordered), default=0)) for turn in ordered if n < len(turn)]
+        distinct.setdefault(mark(example), i)
+    chosen = [i for i in distinct.values() if examples[i].kind == "top"][: count - count // 2]
+    others = [i for i in distinct.values() if i not in chosen]
+    random.Random(seed).shuffle(others)
+    deciles = {i: decile(feature, examples[i].act) for i in others}
+    wanted = count - len(chosen)
+    for turn in range(min(wanted, len(others))):
+        place = int((turn + 0.5) * DECILES / wanted)
+        nearest = min(others, key=lambda i: abs(deciles[i] - place))  # of equals, the first of the shuffled
+        others.remove(nearest)
+        chosen.append(nearest)
+    return sorted(chosen)
+
+
+def decile(feature: FeatureRow, act: float) -> int:
+    """Which tenth of the feature's firings an activation lies in, by rank: 0 for the weakest, 9 for the strongest.
+
+    Read off the feature's histogram, as if firings lay evenly within a bin.
+    """
+    return min(int(DECILES * feature.share(0.0, act / feature.max_act)), DECILES - 1) if feature.max_act > 0 else 0
 
 
 def mark(example: Example) -> str:
@@ -149,18 +154,13 @@ def as_data(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def contrast(features: Features, row: FeatureRow, count: int) -> list[Example]:
-    """Texts near to the examples in which the feature does not fire: they hold its most frequent tokens."""
-    return features.silent(row.feature, row.top_tokens[:FIRES_ON], count) if count else []
-
-
 def ask(feature: FeatureRow, examples: Sequence[Example], silent: Sequence[Example] = ()) -> list[Message]:
     """The messages that ask for one feature's label; what all features share stands first, for the server's cache.
 
     Args:
         feature: what is known of it.
         examples: texts in which it fires.
-        silent: texts in which it does not, see `contrast`.
+        silent: texts near to them in which it does not.
     """
     messages = [{"role": "system", "content": SYSTEM}]
     for question, answer in _SHOTS:

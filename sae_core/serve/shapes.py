@@ -20,6 +20,8 @@ class Named(View):
     feature: int
     label: str
     """Its label; the lexical one where no label was written, empty before labels are made."""
+    beats_control: bool | None = None
+    """Whether the label does better than another feature's, on text that its writer did not see; null: not scored."""
 
 
 class Near(Named):
@@ -194,7 +196,7 @@ class DocumentView(View):
     text: str
 
 
-class Marked(View):
+class Marked(Named):
     """An example in its document."""
 
     before: str
@@ -202,8 +204,6 @@ class Marked(View):
     """The document's text around it."""
     passage: Passage
     dictionary: str
-    feature: int
-    name: str
     max_act: float
 
 

@@ -19,6 +19,7 @@ from sae_core.serve.shapes import SteeredFeature, SteeredToken
 from sae_core.serve.shelf import ChosenAtlas, Shelf
 from sae_core.serve.streams import EventStream, SteerField, event, next_item
 from sae_core.serve.turns import Stream
+from sae_core.serve.views import names
 from sae_core.steers import ABSURD, Method, Scope, Steer, cautions
 
 if TYPE_CHECKING:
@@ -78,8 +79,7 @@ def steered_feature(atlas: ChosenAtlas, feature: int) -> SteeredFeature:
     measured = card.steering or {}
     found = measured.get("suggested_strength")
     return SteeredFeature(
-        feature=feature,
-        label=card.name,
+        **names(atlas, feature),
         is_dead=card.row.is_dead,
         max_act=card.row.max_act,
         strength=found or _DEFAULT,
@@ -135,7 +135,7 @@ def suggested(atlas: Atlas) -> dict[str, tuple[Steer, ...]]:
     rows = pq.read_table(made.folder / "scores.parquet", columns=columns).to_pylist()
     best = sorted((r for r in rows if r["suggested_strength"]), key=lambda r: -r["output_score"])[:_SUGGESTED]
     named = ((r["feature"], r["suggested_strength"]) for r in best)
-    return {f"{i} {atlas.name(i)}".strip(): (Steer(i, strength),) for i, strength in named}
+    return {f"{i} {atlas.shown(i)}".strip(): (Steer(i, strength),) for i, strength in named}
 
 
 def instruction(atlas: Atlas, steers: list[Steer]) -> str:

@@ -1,6 +1,7 @@
 """What the pages show and the JSON API returns, gathered from the artifacts."""
 
 import re
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
@@ -58,7 +59,7 @@ def feature_view(atlas: Atlas, feature: int) -> FeatureView:
         label=_label(card.label) if card.label else None,
         levels=_levels(atlas, card.row, card.examples),
         counter_examples=_counter_examples(atlas, card.row, card.examples),
-        neighbors=[Near(feature=x.feature, label=x.label, cosine=x.cosine) for x in card.neighbors],
+        neighbors=[Near(**asdict(x)) for x in card.neighbors],
         cluster=card.place.cluster if card.place else None,
         output_score=(card.steering or {}).get("output_score"),
         suggested_strength=(card.steering or {}).get("suggested_strength"),
@@ -94,7 +95,7 @@ def _levels(atlas: Atlas, row: FeatureRow, examples: list[Example]) -> list[Leve
         Level(
             low=(level - 1) / n_levels,
             high=level / n_levels,
-            share=_share(row, (level - 1) / n_levels, level / n_levels),
+            share=row.share((level - 1) / n_levels, level / n_levels),
             examples=[passage for of, passage in passages if of == level],
         )
         for level in range(n_levels, 0, -1)
@@ -118,13 +119,6 @@ def _counter_examples(atlas: Atlas, row: FeatureRow, examples: list[Example]) ->
     tokens = row.top_tokens[:_TELLING]
     others = [x for x in examples if x.tokens[x.peak] not in row.top_tokens]
     return _passages(atlas, [*atlas.features.silent(row.feature, tokens, _COUNTER), *others[:_COUNTER]])
-
-
-def _share(row: FeatureRow, low: float, high: float) -> float:
-    """Share of the firings in a range of the maximum; bins that straddle its ends count by how much lies inside."""
-    n = len(row.histogram)
-    inside = (max(0.0, min(high * n, i + 1) - max(low * n, i)) * count for i, count in enumerate(row.histogram))
-    return sum(inside) / max(row.n_fired, 1)
 
 
 def document_view(store: ArtifactStore, corpus: str, document: int) -> DocumentView:
@@ -209,7 +203,12 @@ def _stage(store: ArtifactStore, stage: str, spec: DictionarySpec, cure: str, on
 def together(atlas: Atlas, feature: int) -> list[Together]:
     """Features seen with this one, the most often first. Raises FeatureError when there is no such feature."""
     atlas.features.feature(feature)
-    return [Together(feature=i, label=atlas.name(i), tokens=n) for i, n in atlas.together(feature)]
+    return [Together(**names(atlas, i), tokens=n) for i, n in atlas.together(feature)]
+
+
+def names(atlas: Atlas, feature: int) -> dict[str, Any]:
+    """The fields of `Named`."""
+    return {"feature": feature, "label": atlas.name(feature), "beats_control": atlas.beats_control(feature)}
 
 
 def marked(atlas: Atlas, document: DocumentView, feature: int, position: int) -> Marked | None:
@@ -233,7 +232,6 @@ def marked(atlas: Atlas, document: DocumentView, feature: int, position: int) ->
         after=document.text[start + len(whole) :],
         passage=here,
         dictionary=atlas.dictionary,
-        feature=feature,
-        name=card.name,
         max_act=card.row.max_act,
+        **names(atlas, feature),
     )
