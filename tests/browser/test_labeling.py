@@ -61,9 +61,8 @@ def home(tiny_atlas: Path, tiny_study: Path, tmp_path_factory: pytest.TempPathFa
         made = [sys.executable, "-m", "pipelines.cli", "run", "tiny", "--json"]
         done = subprocess.run(made, env=environment, cwd=PROJECT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        variables = [
-            f"{name}={environment[name]}" for name in environment if name.startswith(("MIND", "DAG", "OPENAI"))
-        ]
+        own = ("MIND_ATLAS", "DAGSTER", "OPENAI")
+        variables = [f"{name}={value}" for name, value in environment.items() if name.startswith(own)]
         proxies = [f"--unset={name}" for name in os.environ if "proxy" in name.lower()]
         app = create_app(
             ArtifactStore(folder), studies=Studies.load(folder / "studies"),

@@ -3,7 +3,7 @@
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,7 @@ BAD = "import sys; sys.exit('Traceback and all\\nmind-atlas: no label writer: <b
 
 
 @pytest.fixture
-def started(tiny_atlas: Path) -> Iterator[Callable[..., TestClient]]:
+def started(tiny_atlas: Path) -> Callable[..., TestClient]:
     """Makes clients of servers that start a program in place of `mind-atlas label`."""
 
     def start(*program: str) -> TestClient:
@@ -34,7 +34,7 @@ def started(tiny_atlas: Path) -> Iterator[Callable[..., TestClient]]:
         )  # fmt: skip
         return TestClient(app, base_url="http://127.0.0.1")
 
-    yield start
+    return start
 
 
 @pytest.fixture(scope="module")
@@ -103,17 +103,13 @@ def test_a_program_that_is_not_there_or_says_nothing_is_told_too(tiny_atlas, sta
 
 
 def test_what_another_site_sends_starts_nothing(started, alive):
-    client = started(BAD)
-    for data, headers, status in (
-        ({"feature": alive[0]}, {}, 403),
-        ({"feature": alive[0], "key": "guessed"}, {}, 403),
-        (
-            {"feature": alive[0], "key": key(client)},
-            {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"},
-            403,
-        ),
+    client, cross = started(BAD), {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
+    for data, headers in (
+        ({"feature": alive[0]}, {}),
+        ({"feature": alive[0], "key": "guessed"}, {}),
+        ({"feature": alive[0], "key": key(client)}, cross),
     ):
-        assert client.post("/label", data=data, headers=headers).status_code == status
+        assert client.post("/label", data=data, headers=headers).status_code == 403
     assert client.get(f"/label?feature={alive[0]}&key={key(client)}").status_code == 200  # a link only shows
     assert client.get("/api/label").json()["features"] == []
 
