@@ -48,6 +48,18 @@ class Score(View):
     """Ends of its interval."""
     control: float | None = None
     """The same score of a label that has nothing to do with the feature."""
+    lexical: float | None = None
+    """The same score of the name made without a language model."""
+    random: float | None = None
+    nearest: float | None = None
+    neighbor: float | None = None
+    """The score against the silent texts of one kind alone: drawn at random, the most similar, and such in which a
+    feature with a similar decoder row fires."""
+    failed: float = 0.0
+    """Share of the texts on which there was no answer that can be read."""
+    n_firing: int = 0
+    n_silent: int = 0
+    """Texts it was scored on, in which the feature fires, and does not."""
 
 
 class Label(View):
@@ -236,6 +248,8 @@ class Quality(View):
     value: float
     control: float | None
     """What other features' labels got on the same texts."""
+    lexical: float | None
+    """What the names made without a language model got."""
 
 
 class Overview(View):

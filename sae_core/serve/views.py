@@ -43,6 +43,8 @@ _ON_REQUEST = {
 """Stages that are no part of an atlas, and the commands that make them."""
 _HEALTH = ("fvu", "l0", "dead", "delta_ce", "ce_recovered")
 _LISTED = 8
+STRATA = ("random", "nearest", "neighbor")
+"""Kinds of silent texts that labels are scored against, apart."""
 _COUNTER = 3  # counter-examples of each sort
 _TELLING = 3  # top tokens whose silence is told
 
@@ -77,7 +79,10 @@ def _label(row: dict[str, Any]) -> Label:
         **{name: row.get(name) or "" for name in texts},
         confidence=row.get("confidence"),
         scores=[
-            Score(name=s["scorer"], value=s["score"], low=s["low"], high=s["high"], control=s["shuffled"])
+            Score(
+                name=s["scorer"], value=s["score"], control=s["shuffled"],
+                **{name: s[name] for name in ("low", "high", "lexical", "failed", "n_firing", "n_silent", *STRATA)},
+            )
             for s in row.get("scores") or []
             if s["score"] is not None
         ],
@@ -187,10 +192,11 @@ def _quality(summary: dict[str, Any]) -> list[Quality]:
     """The scores of all labels, in the mean."""
     found = []
     for name, scores in (summary.get("scores") or {}).items():
-        values, controls = ([x for x in scores.get(key, []) if x is not None] for key in ("score", "shuffled"))
-        if values:
-            control = sum(controls) / len(controls) if controls else None
-            found.append(Quality(name=name, labels=len(values), value=sum(values) / len(values), control=control))
+        known = {key: [x for x in scores.get(key, []) if x is not None] for key in ("score", "shuffled", "lexical")}
+        value, control, lexical = (sum(xs) / len(xs) if xs else None for xs in known.values())
+        if value is not None:
+            labels = len(known["score"])
+            found.append(Quality(name=name, labels=labels, value=value, control=control, lexical=lexical))
     return found
 
 
