@@ -106,8 +106,12 @@ def show_feature(card: FeatureCard, limit: int) -> None:
     out.print(f"fires on:   {_tokens(row.top_tokens)}", markup=False)
     out.print(f"promotes:   {_tokens(row.promoted)}", markup=False)
     out.print(f"suppresses: {_tokens(row.suppressed)}", markup=False)
-    for example in card.examples[:limit]:
-        out.print(Text(f"{example.act:8.3g}  ") + tokens(example.tokens, example.acts, row.max_act))
+    seen = set(card.label["examples"]) if card.label else set()
+    for i, example in enumerate(card.examples[:limit]):
+        mark_ = "*" if i in seen else " "
+        out.print(Text(f"{mark_}{example.act:7.3g}  ") + tokens(example.tokens, example.acts, row.max_act))
+    if seen:
+        out.print(f"* shown to the label's writer, with {len(seen)} in all; no label is scored on these", markup=False)
     if card.neighbors:
         out.print()
         rows = [(n.feature, n.cosine, doubted(n.label, n.beats_control)) for n in card.neighbors]

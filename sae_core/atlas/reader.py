@@ -75,7 +75,7 @@ class Atlas:
 
     def beats_control(self, feature: int) -> bool | None:
         """Whether the label did better than another feature's; None where it was not scored."""
-        return self._columns_of_features().beats_control[feature].as_py()
+        return self._beats[feature].as_py() if self._beats is not None else None
 
     def shown(self, feature: int) -> str:
         """The name as text shows it: marked when the label does not beat its control."""
@@ -247,6 +247,13 @@ class Atlas:
             return None
         sql = "SELECT coalesce(nullif(label, ''), lexical, '') AS name FROM labels ORDER BY feature"
         return self._tables.arrow(sql)["name"]
+
+    @cached_property
+    def _beats(self) -> pa.Array | None:
+        """Of every feature, whether its label beats its control; None before labels are made."""
+        if "beats_control" not in self._tables.columns("labels"):
+            return None
+        return self._tables.arrow("SELECT beats_control FROM labels ORDER BY feature")["beats_control"]
 
     @cached_property
     def _documents(self) -> pa.RecordBatch | None:

@@ -87,7 +87,12 @@ class Labeling:
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints:
             try:
                 with subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints, encoding="utf-8"
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=complaints,
+                    encoding="utf-8",
+                    errors="replace",
                 ) as process:
                     for line in process.stdout or ():
                         self._tell(**_progress(line))

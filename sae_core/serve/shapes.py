@@ -106,6 +106,8 @@ class Passage(View):
     source: str
     title: str
     language: str
+    shown: bool = False
+    """The label's writer saw it, so that the label was not scored on it."""
 
 
 class Level(View):

@@ -1,6 +1,7 @@
 """What the pages show and the JSON API returns, gathered from the artifacts."""
 
 import re
+from collections.abc import Container
 from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
@@ -59,7 +60,7 @@ def feature_view(atlas: Atlas, feature: int) -> FeatureView:
         name=card.name,
         row=card.row,
         label=_label(card.label) if card.label else None,
-        levels=_levels(atlas, card.row, card.examples),
+        levels=_levels(atlas, card.row, card.examples, {*((card.label or {}).get("examples") or ())}),
         counter_examples=_counter_examples(atlas, card.row, card.examples),
         neighbors=[Near(**asdict(x)) for x in card.neighbors],
         cluster=card.place.cluster if card.place else None,
@@ -80,7 +81,9 @@ def _label(row: dict[str, Any]) -> Label:
         confidence=row.get("confidence"),
         scores=[
             Score(
-                name=s["scorer"], value=s["score"], control=s["shuffled"],
+                name=s["scorer"],
+                value=s["score"],
+                control=s["shuffled"],
                 **{name: s[name] for name in ("low", "high", "lexical", "failed", "n_firing", "n_silent", *STRATA)},
             )
             for s in row.get("scores") or []
@@ -90,12 +93,15 @@ def _label(row: dict[str, Any]) -> Label:
     )
 
 
-def _levels(atlas: Atlas, row: FeatureRow, examples: list[Example]) -> list[Level]:
-    """The examples by level, the highest first; levels without an example are left out."""
+def _levels(atlas: Atlas, row: FeatureRow, examples: list[Example], shown: Container[int] = ()) -> list[Level]:
+    """The examples by level, the highest first; levels without an example are left out.
+
+    `shown` are the indices of those that the label's writer saw.
+    """
     n_levels = int(atlas.store.get("features", atlas.dictionary).manifest.settings.get("levels", 0)) or max(
         (example.level for example in examples), default=1
     )
-    passages = list(zip((x.level for x in examples), _passages(atlas, examples), strict=True))
+    passages = list(zip((x.level for x in examples), _passages(atlas, examples, shown), strict=True))
     return [
         Level(
             low=(level - 1) / n_levels,
@@ -108,14 +114,15 @@ def _levels(atlas: Atlas, row: FeatureRow, examples: list[Example]) -> list[Leve
     ]
 
 
-def _passages(atlas: Atlas, examples: list[Example]) -> list[Passage]:
+def _passages(atlas: Atlas, examples: list[Example], shown: Container[int] = ()) -> list[Passage]:
     about = atlas.documents({example.document for example in examples})
     return [
         Passage(
             act=x.act, tokens=x.tokens, acts=x.acts, peak=x.peak, kind=x.kind, document=x.document,
-            position=x.position, **about.get(x.document, {"source": "", "title": "", "language": ""}),
+            position=x.position, shown=i in shown,
+            **about.get(x.document, {"source": "", "title": "", "language": ""}),
         )
-        for x in examples
+        for i, x in enumerate(examples)
     ]  # fmt: skip
 
 
