@@ -1,5 +1,7 @@
 import json
 
+import pytest
+
 from sae_core.labels import build_labels
 from sae_core.labels.estimate import estimate_labels
 from sae_core.study import LabelSettings
