@@ -135,7 +135,7 @@ def server(folder: Path, faults: bool) -> Iterator[str]:
 
 
 def label(options: argparse.Namespace) -> None:
-    """Label all features, and keep how much memory was in use (MB) at every progress report."""
+    """Label all features, and keep memory in use (MB) and processor time (s) at every progress report."""
     from sae_core.labels import build_labels
     from sae_core.study import LabelSettings
 
@@ -147,13 +147,12 @@ def label(options: argparse.Namespace) -> None:
 
         def report(done: int, total: int, unit: str, **values: float) -> None:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
-            file.write(json.dumps([os.getpid(), done, pages * os.sysconf("SC_PAGE_SIZE") / 1e6]) + "\n")
+            used = pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+            file.write(json.dumps([os.getpid(), done, used, time.process_time()]) + "\n")
             file.flush()
 
         (options.folder / "labels").mkdir(exist_ok=True)
-        start = time.process_time()
         summary = build_labels(settings, options.folder, options.folder / "labels", report)
-    summary["cpu_seconds"] = time.process_time() - start
     (options.folder / "summary.json").write_text(json.dumps(summary))
 
 
@@ -232,7 +231,7 @@ def load(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     excused = [(b, e) for b, e in twice if any(b < end and e > end - UNDER_WAY for end in killed)]
     rows = pq.read_table(folder / "labels" / "labels.parquet").to_pylist()
     memory = [json.loads(line) for line in (folder / "memory.jsonl").read_text().splitlines()]
-    last = [used for pid, _, used in memory if pid == memory[-1][0]]
+    last = [used for pid, _, used, _ in memory if pid == memory[-1][0]]
     return {
         "features": options.features,
         "concurrency": options.concurrency,
@@ -255,11 +254,12 @@ def throughput(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     book = json.loads((folder / "book.json").read_text())["book"]
     seconds = max(end for _, _, end in book) - min(begun for _, begun, _ in book)
     rate, limit = len(book) / seconds, options.concurrency / LATENCY
-    cpu = json.loads((folder / "summary.json").read_text())["cpu_seconds"]
+    reports = [json.loads(line) for line in (folder / "memory.jsonl").read_text().splitlines()]
+    cpu = (reports[-1][3] - reports[0][3]) / (len(reports) - 1)
     return {
         "features": options.features,
         "concurrency": options.concurrency,
-        "client_cpu_ms_per_request": round(1000 * cpu / len(book), 2),
+        "client_cpu_ms_per_request": round(1000 * cpu, 2),
         "requests_per_second": round(rate, 1),
         "limit": limit,
         "share_of_what_the_concurrency_limit_allows": round(rate / limit, 3),

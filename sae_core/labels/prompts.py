@@ -6,6 +6,7 @@ import random
 import re
 import unicodedata
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 from sae_core.errors import MindAtlasError
@@ -105,19 +106,26 @@ def choose_examples(feature: FeatureRow, examples: Sequence[Example], count: int
     from each; where no example is left of a decile, from the nearest that has one. Examples whose shown text was seen
     before are passed over.
     """
-    distinct: dict[str, int] = {}
-    for i, example in enumerate(examples):
-        distinct.setdefault(mark(example), i)
-    chosen = [i for i in distinct.values() if examples[i].kind == "top"][: count - count // 2]
-    others = [i for i in distinct.values() if i not in chosen]
+    seen: set[str] = set()
+
+    def is_new(i: int) -> bool:
+        known = len(seen)
+        seen.add(mark(examples[i]))
+        return len(seen) > known
+
+    top = (i for i, example in enumerate(examples) if example.kind == "top")
+    chosen = [*islice(filter(is_new, top), count - count // 2)]
+    others = [i for i in range(len(examples)) if i not in chosen]
     random.Random(seed).shuffle(others)
     deciles = {i: decile(feature, examples[i].act) for i in others}
-    wanted = count - len(chosen)
-    for turn in range(min(wanted, len(others))):
-        place = int((turn + 0.5) * DECILES / wanted)
-        nearest = min(others, key=lambda i: abs(deciles[i] - place))  # of equals, the first of the shuffled
+    turn, turns = 0, count - len(chosen)
+    while turn < turns and others:
+        wanted = int((turn + 0.5) * DECILES / turns)
+        nearest = min(others, key=lambda i: abs(deciles[i] - wanted))  # of equals, the first of the shuffled
         others.remove(nearest)
-        chosen.append(nearest)
+        if is_new(nearest):
+            chosen.append(nearest)
+            turn += 1
     return sorted(chosen)
 
 
@@ -151,7 +159,7 @@ def marked(tokens: Sequence[str], fires: Sequence[bool]) -> str:
 def as_data(text: str) -> str:
     """Corpus text that can neither end its line nor pass for a mark or a tag of ours."""
     text = text.replace("\n", "⏎").replace("<<", "< <").replace(">>", "> >").replace("</", "< /")
-    return "".join(c if c.isprintable() else " " for c in text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
 
 
 def ask(feature: FeatureRow, examples: Sequence[Example], silent: Sequence[Example] = ()) -> list[Message]:
