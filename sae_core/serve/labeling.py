@@ -30,6 +30,7 @@ router = APIRouter()
 
 MOST = 50
 """Features at once."""
+_DIGITS = 12  # of a number
 Command = Callable[[str, Sequence[int]], list[str]]
 """Program and arguments that label features of a dictionary. It prints progress as lines of JSON: `done`, `total` and
 `unit`; and, when it fails, one line on standard error that says why."""
@@ -144,7 +145,8 @@ async def label(request: Request, atlas: ChosenAtlas) -> Response:
     work: Labeling = request.app.state.labeling
     if not hmac.compare_digest(form.get("key", [""])[0].encode(), work.key.encode()):
         return _page(request, atlas, [], LabelingError("this page is from before the server's start: reload it", 403))
-    features = list(dict.fromkeys(int(text) for text in form.get("feature", []) if text.isdecimal()))
+    numbers = (text for text in form.get("feature", []) if text.isdecimal() and len(text) < _DIGITS)
+    features = list(dict.fromkeys(map(int, numbers)))
     try:
         if not 0 < len(features) <= MOST:
             raise LabelingError(f"{len(features)} features were chosen: choose 1 to {MOST}", 400)
@@ -161,8 +163,10 @@ def _page(request: Request, atlas: Atlas, features: Sequence[int], error: Labeli
     work: Labeling = request.app.state.labeling
     if work.command is None:
         raise NotFoundError("this server writes no labels: `mind-atlas label --feature N` does")
-    now = work.now if work.now.dictionary == atlas.dictionary else LabelingView(running=work.now.running)
-    chosen = list(dict.fromkeys(features))[:MOST] or now.features
+    now, chosen = work.now, list(dict.fromkeys(features))[:MOST]
+    if now.dictionary != atlas.dictionary or (chosen and chosen != now.features):
+        now = LabelingView(running=now.running)  # nothing of these, but that others are under way
+    chosen = chosen or now.features
     for feature in chosen:
         atlas.features.feature(feature)  # refuses one that is not there
     return page(

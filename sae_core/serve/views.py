@@ -12,6 +12,7 @@ from sae_core.corpus import Corpus
 from sae_core.display import shown_bytes
 from sae_core.errors import MindAtlasError
 from sae_core.features import Example, FeatureRow
+from sae_core.labels.scoring.items import STRATA
 from sae_core.names import DictionarySpec
 from sae_core.serve.shapes import (
     DocumentView,
@@ -44,8 +45,6 @@ _ON_REQUEST = {
 """Stages that are no part of an atlas, and the commands that make them."""
 _HEALTH = ("fvu", "l0", "dead", "delta_ce", "ce_recovered")
 _LISTED = 8
-STRATA = ("random", "nearest", "neighbor")
-"""Kinds of silent texts that labels are scored against, apart."""
 _COUNTER = 3  # counter-examples of each sort
 _TELLING = 3  # top tokens whose silence is told
 

@@ -68,6 +68,7 @@ def test_features_are_labeled_by_a_process_and_the_page_tells_how_far_it_is(star
     assert "2 of 2 labels" in page
     assert 'hx-trigger="every 1s"' in page
     assert "<button>Write" not in page
+    assert "Others are being labeled" in client.get(f"/label?feature={alive[5]}").text
     again = client.post("/label", data={"key": key_of(client), "feature": alive[0]})
     assert (again.status_code, "are being labeled" in again.text) == (409, True)
     end.touch()
@@ -116,7 +117,7 @@ def test_what_another_site_sends_starts_nothing(started, alive):
 
 @pytest.mark.parametrize(
     ("features", "status", "why"),
-    [([], 400, "choose 1 to 50"), (["x"], 400, "choose 1 to 50"), (range(60), 400, "choose 1 to 50"),
+    [([], 400, "choose 1 to 50"), (["x", "9" * 5000], 400, "choose 1 to 50"), (range(60), 400, "choose 1 to 50"),
      ([999], 404, "no feature 999")],
 )  # fmt: skip
 def test_features_that_cannot_be_labeled_are_refused(started, features, status, why):
