@@ -68,7 +68,9 @@ class Labeler:
         self._answered = False
 
     async def label_all(self, chosen: Sequence[int], concurrency: int, report: Report) -> list[Outcome]:
-        """Outcomes in the order of `chosen`, with at most `concurrency` requests under way.
+        """Outcomes in the order of `chosen`, with at most `concurrency` requests under way (the client sees to it).
+
+        Some more features are at work: while their questions are made or their answers kept, no place is empty.
 
         When the budget is used up, what is under way is waited for, and the features that are left have no outcome.
 
@@ -94,7 +96,7 @@ class Labeler:
                 report(len(outcomes), len(chosen), "labels", failed=failed, dollars=self.client.budget.dollars)
 
         self._give_up_after = min(_GIVE_UP_AFTER, len(chosen))
-        await run_all([work() for _ in range(min(concurrency, len(chosen)))])
+        await run_all([work() for _ in range(min(concurrency + concurrency // 4, len(chosen)))])
         self.stopped = self.stopped if todo else ""
         return [outcomes[feature] for feature in chosen if feature in outcomes]
 
