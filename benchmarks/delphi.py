@@ -2,7 +2,8 @@
 
     pip download --no-deps eai-delphi==0.1.3 && unzip eai_delphi-0.1.3-py3-none-any.whl -d delphi
     python benchmarks/delphi.py --delphi delphi --atlas ATLAS                  tokens of 50 features, by part
-    python benchmarks/delphi.py --delphi delphi --atlas ATLAS --compare 50     the scores, by the local model
+    python benchmarks/delphi.py --delphi delphi --atlas ATLAS --compare 50 --folder RESULTS --minutes 10
+                                                                               the scores, by the local model
 
 delphi's prompts are those of its own modules, filled in as its scorers do at its default settings (40 examples for a
 label; for detection and fuzzing 50 texts each in which the feature fires and 50 in which it does not, five a question,
@@ -11,21 +12,23 @@ changes no count of tokens. Tokens are those of a real tokenizer with its chat t
 
 `--compare` labels N features with both prompts, and has the same model judge the same texts (`--texts`, at most so many
 on each side) both ways. On two cores with the local model that takes about two minutes a feature; `--base-url` and
-`--model` name an endpoint (its key in OPENAI_API_KEY). Answers are kept in the cache: what was stopped goes on.
+`--model` name an endpoint (its key in OPENAI_API_KEY). `--minutes` makes pieces of it: run the same command again, and
+it goes on from the results in `--folder` and the answers in the cache, with running totals on standard error.
 """
 
 import argparse
 import asyncio
+import hashlib
 import json
 import math
 import os
 import re
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -34,15 +37,17 @@ sys.path.insert(0, str(PROJECT))
 
 from sae_core.artifacts import ArtifactStore  # noqa: E402
 from sae_core.features import Example, Features  # noqa: E402
-from sae_core.labels import Labels, build_labels, prompts  # noqa: E402
-from sae_core.labels.build import choose_features  # noqa: E402
+from sae_core.labels import prompts  # noqa: E402
+from sae_core.labels.build import asked_all, choose_features  # noqa: E402
 from sae_core.labels.client import ChatClient, RequestFailed  # noqa: E402
 from sae_core.labels.endpoint import label_writer  # noqa: E402
+from sae_core.labels.labeler import Labeler  # noqa: E402
 from sae_core.labels.lexical import lexical_label  # noqa: E402
 from sae_core.labels.reader import LabelRow  # noqa: E402
 from sae_core.labels.scoring.items import Ground, Item, Names, Trial  # noqa: E402
 from sae_core.labels.scoring.judge import ask, questions, read  # noqa: E402
 from sae_core.labels.scoring.metrics import accuracy_pairs  # noqa: E402
+from sae_core.labels.scoring.nearest import Texts  # noqa: E402
 from sae_core.labels.scoring.score import Scorer  # noqa: E402
 from sae_core.progress import silent  # noqa: E402
 from sae_core.study import LabelSettings, ModelSettings  # noqa: E402
@@ -58,6 +63,7 @@ DEFAULT = "ours, by default with both controls"
 WRITTEN = {"ours": 40 + 2 * 4 * 45, "delphi": 60 + 2 * 20 * 12, DEFAULT: 40 + 2 * 3 * 45}
 """Tokens of the answers: a label, and lists of numbers. Of ours 45 a question of 25 texts, half of them listed."""
 TASKS = ("detection", "fuzzing")
+T = TypeVar("T")
 
 
 Messages = list[dict[str, str]]
@@ -124,7 +130,7 @@ def count(features: Features, neighbors: Path, delphi: Delphi, tokenizer: str, n
     default = LabelSettings()
     for trial in trials_without_model(features, neighbors, chosen):
         row, examples = features.feature(trial.feature), features.examples(trial.feature)
-        shown = prompts.choose_examples(examples, default.examples, 0)
+        shown = prompts.choose_examples(row, examples, default.examples, 0)
         for who in ("ours", DEFAULT):
             add(who, "label", [prompts.ask(row, [examples[i] for i in shown])])
         add("delphi", "label", [delphi.ask_label([*islice(cycle(examples), SHOWN)], row.max_act)])
@@ -178,12 +184,12 @@ def _asked(trial: Trial, task: Any, names: Names) -> list[Messages]:
 def trials_without_model(features: Features, neighbors: Path, chosen: Iterable[int]) -> list[Trial]:
     """The texts that would be judged, but for the nearest ones, which it takes a model to find."""
 
-    class Sketch(Scorer):
+    class NoTexts(Texts):
         def nearest(self, examples: Sequence[Example]) -> Iterable[int]:
             return ()
 
-    settings = LabelSettings(score_examples=JUDGED)
-    scorer = Sketch(settings, features, Ground(ModelSettings(source="none"), neighbors))
+    settings, ground = LabelSettings(score_examples=JUDGED), Ground(ModelSettings(source="none"), neighbors)
+    scorer = Scorer(settings, features, ground, NoTexts(ground.model, features))
     return scorer.trials([LabelRow(i, "lexical", "written", LABEL) for i in chosen], [], silent)
 
 
@@ -201,75 +207,164 @@ def _batches(items: Sequence[Item]) -> list[Sequence[Item]]:
 # ---- scores
 
 
-async def compare(
-    client: ChatClient, delphi: Delphi, features: Features, trials: Sequence[Trial], at_once: int
-) -> dict[str, Any]:
-    """Balanced accuracy of both ways from label to score, on the same texts by the same model.
+class Result(NamedTuple):
+    """What came of one feature."""
+
+    feature: int
+    ours: str
+    delphi: str
+    scores: dict[str, float | None]
+    """Balanced accuracy, by way and task; None where nothing that was answered could be read."""
+    tokens: dict[str, int]
+    """Read for the judging."""
+
+
+class Comparison:
+    """Balanced accuracy of both ways from label to score, on the same texts by the same model, feature by feature.
 
     In `delphi's label, our questions` only the label is theirs: what of the difference is the label's.
-    """
-    places = asyncio.Semaphore(at_once)
-    tokens = {"ours": 0, "delphi": 0, "both": 0}
 
-    async def say(who: str, messages: Messages, **more: Any) -> str:
-        async with places:
+    Args:
+        client: answers both.
+        delphi: its prompts.
+        scorer: draws the texts.
+        settings: of our labels.
+        at_once: requests under way at once.
+        file: results so far, a line each; what is there is not done again.
+        seconds: after so many, nothing more is begun.
+    """
+
+    def __init__(
+        self, client: ChatClient, delphi: Delphi, scorer: Scorer, settings: LabelSettings, at_once: int, file: Path,
+        seconds: float,
+    ) -> None:  # fmt: skip
+        self.client, self.delphi, self.scorer, self.settings, self.file = client, delphi, scorer, settings, file
+        self.features = scorer.features
+        self.tokens = {"ours": 0, "delphi": 0, "both": 0}
+        self._places, self._end = asyncio.Semaphore(at_once), time.monotonic() + seconds
+
+    @property
+    def results(self) -> list[Result]:
+        lines = self.file.read_text("utf-8").splitlines() if self.file.exists() else []
+        return [Result(**json.loads(line)) for line in lines]
+
+    async def run(self, chosen: Sequence[int]) -> None:
+        """Label with both prompts, then judge.
+
+        The labels of one kind come one after another, as what their prompts begin with stays read. Answers are in the
+        cache: what was asked before costs a moment.
+        """
+        labeler = Labeler(self.client, self.features, self.settings, lambda attempt: None)
+        rows: list[LabelRow] = []
+        async for feature in self._while_time("our labels", chosen):
+            rows += asked_all([await labeler.label(feature)], self.features, self.settings)
+        if len(rows) < len(chosen):
+            return
+        trials = self.scorer.trials(rows, [], silent)
+        theirs: list[str] = []
+        async for trial in self._while_time("delphi's labels", trials):
+            theirs.append(await self._explain(trial))
+        if len(theirs) < len(trials):
+            return
+        done = {result.feature for result in self.results}
+        left = [i for i, trial in enumerate(trials) if trial.feature not in done]
+        async for i in self._while_time("judged", left):
+            other = (i + 1) % len(trials)
+            result = await self._judge(trials[i], theirs[i], trials[other].names.own, theirs[other])
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result._asdict(), ensure_ascii=False) + "\n")
+            _say(f"{len(self.results)} of {len(trials)}: {json.dumps(means(self.results))}")
+
+    async def _while_time(self, what: str, things: Sequence[T]) -> AsyncIterator[T]:
+        for n, thing in enumerate(things):
+            if time.monotonic() > self._end:
+                _say(f"{what}: {n} of {len(things)}; the time is up, run again to go on")
+                return
+            yield thing
+            _say(f"{what}: {n + 1} of {len(things)}")
+
+    async def _judge(self, trial: Trial, theirs: str, other: str, other_s: str) -> Result:
+        before, found = dict(self.tokens), {}
+        for task in TASKS:
+            for kind, our, their in (("", trial.names.own, theirs), (" (another feature's label)", other, other_s)):
+                told = {
+                    f"ours, {task}{kind}": self._by_us(trial, task, our, "ours"),
+                    f"delphi's, {task}{kind}": self._by_delphi(trial, task, their or "unclear"),
+                    f"delphi's label, our questions, {task}{kind}": self._by_us(
+                        trial, task, their or "unclear", "both"
+                    ),
+                }
+                values = await asyncio.gather(*told.values())
+                found |= {name: None if math.isnan(v) else v for name, v in zip(told, values, strict=True)}
+        read_ = {who: self.tokens[who] - before[who] for who in before}
+        return Result(trial.feature, trial.names.own, theirs, found, read_)
+
+    async def _say(self, who: str, messages: Messages, **more: Any) -> str:
+        async with self._places:
             try:
-                completion = await client.complete(messages, **more)
+                completion = await self.client.complete(messages, **more)
             except RequestFailed:
                 return ""
-        tokens[who] += completion.prompt_tokens
+        self.tokens[who] += completion.prompt_tokens
         return completion.text
 
-    async def explain(trial: Trial) -> str:
-        examples, row = features.examples(trial.feature), features.feature(trial.feature)
+    async def _explain(self, trial: Trial) -> str:
+        examples, row = self.features.examples(trial.feature), self.features.feature(trial.feature)
         seen = {item.acts is not None and tuple(item.acts) for item in trial.items}
         unseen = [example for example in examples if tuple(example.acts) not in seen][:SHOWN]
-        text = await say("delphi", delphi.ask_label(unseen, row.max_act), max_tokens=300, response_format=None)
+        asked = self.delphi.ask_label(unseen, row.max_act)
+        text = await self._say("delphi", asked, max_tokens=300, response_format=None)
         found = re.search(r"\[EXPLANATION\]:\s*(.*)", text, re.DOTALL)
         return found[1].strip()[:1000] if found else ""
 
-    async def by_us(trial: Trial, task: Any, name: str, who: str) -> float:
+    async def _by_us(self, trial: Trial, task: Any, name: str, who: str) -> float:
         says = np.full(len(trial.items), math.nan)
         for batch, _, messages, more in questions(trial._replace(names=Names(name, None, "")), task):
-            text = await say(who, messages, **more)
+            text = await self._say(who, messages, **more)
             try:
                 says[batch] = read(task, text, len(batch))
             except prompts.BadAnswer:
                 continue
         return _accuracy(says, trial)
 
-    async def by_delphi(trial: Trial, task: str, name: str) -> float:
+    async def _by_delphi(self, trial: Trial, task: str, name: str) -> float:
         says: list[float] = []
         for batch in _batches(trial.items):
-            text = await say("delphi", delphi.ask(task, batch, name), max_tokens=60, response_format=None)
+            text = await self._say("delphi", self.delphi.ask(task, batch, name), max_tokens=60, response_format=None)
             listed = re.search(r"\[[01,\s]*\]", text)
             given = json.loads(listed[0]) if listed and listed[0].strip("[] \n") else []
             says += given if len(given) == len(batch) else [math.nan] * len(batch)
         return _accuracy(np.array(says, float), trial)
 
-    try:
-        theirs = [await explain(trial) for trial in trials]  # one after another: the examples it begins with stay read
-        found: dict[str, list[float]] = {}
-        for i, trial in enumerate(trials):
-            other = (i + 1) % len(trials)
-            for task in TASKS:
-                for kind, j in (("", i), (" (another feature's label)", other)):
-                    told = {
-                        f"ours, {task}{kind}": by_us(trial, task, trials[j].names.own, "ours"),
-                        f"delphi's, {task}{kind}": by_delphi(trial, task, theirs[j] or "unclear"),
-                        f"delphi's label, our questions, {task}{kind}": by_us(
-                            trial, task, theirs[j] or "unclear", "both"
-                        ),
-                    }
-                    for name, value in zip(told, await asyncio.gather(*told.values()), strict=True):
-                        found.setdefault(name, []).append(value)
-            print(f"{i + 1} of {len(trials)}", file=sys.stderr, flush=True)
-    finally:
-        await client.close()
-    labels = [(t.feature, t.names.own, their) for t, their in zip(trials, theirs, strict=True)]
-    means = {name: [round(float(np.nanmean(v)), 3), int(np.isfinite(v).sum())] for name, v in found.items()}
-    less = _differences(found)
-    return {"mean_and_features": means, "ours_less_delphi": less, "tokens_read": tokens, "labels": labels}
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def columns(results: Sequence[Result]) -> dict[str, np.ndarray]:
+    """The scores of all features, by way and task; NaN where there is none."""
+    names = results[0].scores if results else ()
+    return {name: np.array([result.scores[name] for result in results], float) for name in names}
+
+
+def means(results: Sequence[Result]) -> dict[str, list[float]]:
+    """Mean score, and of how many features."""
+    return {
+        name: [round(float(np.nanmean(values)), 3), int(np.isfinite(values).sum())]
+        for name, values in columns(results).items()
+        if np.isfinite(values).any()
+    }
+
+
+def summary(results: Sequence[Result]) -> dict[str, Any]:
+    """All of it."""
+    return {
+        "features": len(results),
+        "mean_and_features": means(results),
+        "ours_less_delphi": _differences(columns(results)),
+        "tokens_read_judging": {who: sum(r.tokens[who] for r in results) for who in ("ours", "delphi", "both")},
+        "labels": [(r.feature, r.ours, r.delphi) for r in results],
+    }
 
 
 def _accuracy(says: np.ndarray, trial: Trial) -> float:
@@ -277,14 +372,15 @@ def _accuracy(says: np.ndarray, trial: Trial) -> float:
     return float(pairs.mean()) if pairs.size else math.nan
 
 
-def _differences(found: dict[str, list[float]]) -> dict[str, list[float]]:
+def _differences(found: dict[str, np.ndarray]) -> dict[str, list[float]]:
     """Mean difference of the scores, feature by feature, and its 95% interval by a bootstrap over features."""
     told = {}
-    for task in TASKS:
-        difference = np.array(found[f"ours, {task}"]) - np.array(found[f"delphi's, {task}"])
+    for task in TASKS if found else ():
+        difference = found[f"ours, {task}"] - found[f"delphi's, {task}"]
         difference = difference[np.isfinite(difference)]
-        draws = np.random.default_rng(0).choice(difference, (5000, len(difference))).mean(1)
-        told[task] = [round(float(v), 3) for v in (difference.mean(), *np.percentile(draws, (2.5, 97.5)))]
+        if len(difference):
+            draws = np.random.default_rng(0).choice(difference, (5000, len(difference))).mean(1)
+            told[task] = [round(float(v), 3) for v in (difference.mean(), *np.percentile(draws, (2.5, 97.5)))]
     return told
 
 
@@ -297,6 +393,8 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=50, help="features whose tokens are counted")
     parser.add_argument("--compare", type=int, default=0, metavar="N", help="features scored both ways")
     parser.add_argument("--texts", type=int, default=12)
+    parser.add_argument("--folder", type=Path, help="of --compare's results: what is there is not done again")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after so many, --compare begins nothing more")
     parser.add_argument("--studied", default="smollm2-135m-instruct", help="the model under study")
     parser.add_argument("--model", default=LabelSettings().model)
     parser.add_argument("--base-url", default="")
@@ -308,19 +406,31 @@ def main() -> None:
     if not options.compare:
         print(json.dumps(count(features, neighbors, delphi, options.tokenizer, options.features), indent=1))
         return
+    if not options.folder:
+        parser.error("--compare wants --folder")
     settings = LabelSettings(
         model=options.model, base_url=options.base_url, features=options.compare, scorers=[],
         score_examples=options.texts,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory() as labels:
-        build_labels(settings, folder, Path(labels))
-        rows = [row for row in Labels.open(Path(labels)).rows() if row.label]
+    options.folder.mkdir(parents=True, exist_ok=True)
+    made = store.get("features", slug).manifest.fingerprint
+    of = hashlib.sha256(f"{settings.model_dump_json(exclude={'features'})} {made} {prompts.VERSION}".encode())
+    file = options.folder / f"results-{of.hexdigest()[:8]}.jsonl"  # other settings, other results
     scorer = Scorer(settings, features, Ground(ModelSettings(source=options.studied), neighbors))
-    trials = scorer.trials(rows, [], silent)
+    chosen = choose_features(features.table(), options.compare)
     key = os.environ.get("OPENAI_API_KEY") or "none"
+    at_once = settings.concurrency if options.base_url else 1
+
+    async def work(client: ChatClient) -> list[Result]:
+        comparison = Comparison(client, delphi, scorer, settings, at_once, file, 60 * options.minutes)
+        try:
+            await comparison.run(chosen)
+        finally:
+            await client.close()
+        return comparison.results
+
     with label_writer(settings, key, silent) as client:
-        at_once = settings.concurrency if options.base_url else 1
-        print(json.dumps(asyncio.run(compare(client, delphi, features, trials, at_once)), indent=1, ensure_ascii=False))
+        print(json.dumps(summary(asyncio.run(work(client))), indent=1, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -94,11 +94,6 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     return made
 
 
-def doubted(label: str, beats_control: bool | None) -> str:
-    """The label, marked when another feature's label did as well in its place."""
-    return f"{label} (no better than another's label)" if beats_control is False else label
-
-
 def tokens(strings: Sequence[str], acts: Sequence[float], maximum: float) -> Text:
     """A window of text in which each token is shaded by the feature's activation on it."""
     text = Text()

@@ -10,6 +10,7 @@ import click
 from pipelines.console import out, print_json, table
 from sae_core.artifacts import Made, write_atomically
 from sae_core.errors import MindAtlasError
+from sae_core.labels.reader import doubted
 from sae_core.prompt_search import Contrast
 from sae_core.safety.monitor import Monitor, read_stream
 
@@ -21,7 +22,7 @@ def show_contrast(found: Contrast) -> None:
         (
             f.feature, "-" if f.auc is None else f"{f.auc:.3f}",
             "-" if f.low is None or f.high is None else f"{f.low:.2f} to {f.high:.2f}", f.find_auc, f.p, f.effect,
-            f"{f.active[0]:.0%} / {f.active[1]:.0%}", f.pool, f.label,
+            f"{f.active[0]:.0%} / {f.active[1]:.0%}", f.pool, doubted(f.label, f.beats_control),
         )
         for f in found.features
     ]  # fmt: skip
@@ -38,8 +39,11 @@ def show_contrast(found: Contrast) -> None:
 
 
 def show_rows(rows: Sequence[Any]) -> None:
-    """Rows that are all of one named tuple."""
-    out.print(table(rows[0]._fields, rows) if rows else "no feature fires")
+    """Features, all of one named tuple."""
+    told = [row._asdict() for row in rows]
+    for row in told:
+        row["label"] = doubted(row["label"], row.pop("beats_control"))
+    out.print(table([*told[0]], [[*row.values()] for row in told]) if told else "no feature fires")
 
 
 def show_report(made: Made, json_: bool) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import uvicorn
 
 from pipelines.console import err
+from pipelines.labeling import command
 from sae_core.artifacts import ArtifactStore, home
 from sae_core.atlas import Atlas
 from sae_core.errors import MindAtlasError
@@ -41,6 +42,7 @@ def serve(dictionary: str, host: str, port: int, expose: bool, steered: Sequence
     application = create_app(
         store, dictionary, Studies.load(*study_folders()),
         hosts=() if token else (*LOOPBACK, host), token=token, presets=presets,
+        label=None if token else command,  # which may cost money: for who sits at this machine
     )  # fmt: skip
     listener = _listen(host, port)
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"

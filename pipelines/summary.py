@@ -1,6 +1,6 @@
 """What a person is shown at the end of a run, of one feature, and of two answers side by side."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
-from pipelines.console import doubted, out, print_json, table, tokens
+from pipelines.console import out, print_json, table, tokens
 from sae_core.artifacts import ArtifactStore
 from sae_core.atlas import FeatureCard
 from sae_core.checks import verdicts
@@ -18,6 +18,7 @@ from sae_core.features import Features
 from sae_core.labels import LabelRow
 from sae_core.labels.labelers import best
 from sae_core.labels.prompts import mark
+from sae_core.labels.reader import doubted
 from sae_core.studies import Order
 from sae_core.study import LabelSettings, Study
 
@@ -82,11 +83,8 @@ def show(summary: dict[str, Any], json_: bool) -> None:
     out.print(NEXT, markup=False)
 
 
-def show_feature(card: FeatureCard, limit: int, beats: Callable[[int], bool | None]) -> None:
-    """One feature: label, statistics, promoted tokens, examples with highlighted tokens, neighbors.
-
-    `beats` says of any feature whether its label beats its control.
-    """
+def show_feature(card: FeatureCard, limit: int) -> None:
+    """One feature: label, statistics, promoted tokens, examples with highlighted tokens, neighbors."""
     row = card.row
     out.print(f"[bold]feature {row.feature}[/bold]", end="  ")
     beats_control = card.label.get("beats_control") if card.label else None
@@ -108,11 +106,15 @@ def show_feature(card: FeatureCard, limit: int, beats: Callable[[int], bool | No
     out.print(f"fires on:   {_tokens(row.top_tokens)}", markup=False)
     out.print(f"promotes:   {_tokens(row.promoted)}", markup=False)
     out.print(f"suppresses: {_tokens(row.suppressed)}", markup=False)
-    for example in card.examples[:limit]:
-        out.print(Text(f"{example.act:8.3g}  ") + tokens(example.tokens, example.acts, row.max_act))
+    seen = set(card.label["examples"]) if card.label else set()
+    for i, example in enumerate(card.examples[:limit]):
+        mark_ = "*" if i in seen else " "
+        out.print(Text(f"{mark_}{example.act:7.3g}  ") + tokens(example.tokens, example.acts, row.max_act))
+    if seen:
+        out.print(f"* shown to the label's writer, with {len(seen)} in all; no label is scored on these", markup=False)
     if card.neighbors:
         out.print()
-        rows = [(n.feature, n.cosine, doubted(n.label, beats(n.feature))) for n in card.neighbors]
+        rows = [(n.feature, n.cosine, doubted(n.label, n.beats_control)) for n in card.neighbors]
         out.print(table(("neighbor", "cosine", "label"), rows))
 
 
@@ -138,7 +140,10 @@ def show_labels(rows: Sequence[LabelRow], json_: bool) -> None:
     if json_:
         print_json(rows)
         return
-    cells = [(r.feature, r.name, r.kind, r.status, "unknown" if r.dollars is None else r.dollars) for r in rows]
+    cells = [
+        (r.feature, doubted(r.name, r.beats_control), r.kind, r.status, "unknown" if r.dollars is None else r.dollars)
+        for r in rows
+    ]
     out.print(table(("feature", "label", "kind", "status", "dollars"), cells))
     for row in (row for row in rows if row.error):
         out.print(f"feature {row.feature}: {row.error}", markup=False)
@@ -178,12 +183,12 @@ def show_compared(pairs: "Sequence[Compared]", limit: int) -> None:
         f"{len(pairs):,} features have both labels, {same:,} of them the same one; of {len(scored):,} scored ones the "
         f"first is better on {better:,}, the second on {worse:,}"
     )
-    out.print(
-        table(
-            ("feature", "label", "score", "other label", "score"),
-            [(p.feature, p.one, _cell(p.one_score), p.other, _cell(p.other_score)) for p in pairs[:limit]],
-        )
-    )
+    rows = [
+        (p.feature, doubted(p.one, p.one_beats_control), _cell(p.one_score), doubted(p.other, p.other_beats_control),
+         _cell(p.other_score))
+        for p in pairs[:limit]
+    ]  # fmt: skip
+    out.print(table(("feature", "label", "score", "other label", "score"), rows))
 
 
 def _show_scores(label: dict[str, Any]) -> None:
@@ -211,7 +216,10 @@ def _cell(score: float | None) -> str:
 
 def show_side_by_side(streams: Iterable[tuple[str, "Token"]], steering: list[dict[str, Any]]) -> None:
     """The default and the steered answer beside each other: growing on a terminal, else when both are whole."""
-    told = [f"feature {s['feature']}, {s['method']} {s['strength']:g}: {s['label']}" for s in steering]
+    told = [
+        f"feature {s['feature']}, {s['method']} {s['strength']:g}: {doubted(s['label'], s['beats_control'])}"
+        for s in steering
+    ]
     out.print("; ".join(told), markup=False)
     texts = {"default": "", "steered": ""}
     growing = Live(console=out, auto_refresh=False, transient=True) if out.is_terminal else nullcontext()

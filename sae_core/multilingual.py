@@ -191,7 +191,7 @@ def compare(
     fires = (values > 0).sum(0)
     features = [
         MultilingualFeature(
-            int(tried[i]), atlas.name(int(tried[i])), int(fires_on[tried[i]]), float(same[i]), float(by_chance[i]),
+            int(tried[i]), atlas.shown(int(tried[i])), int(fires_on[tried[i]]), float(same[i]), float(by_chance[i]),
             float(true[i]), high, np.argsort(-fires[:, i], kind="stable")[:3].tolist(),
         )
         for i in order

@@ -6,7 +6,7 @@ prompts than `CLAIM_PROMPTS` a side nothing is claimed.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -79,6 +79,8 @@ class Separating:
     low: float | None
     high: float | None
     """Bootstrap interval of `auc`."""
+    beats_control: bool | None = None
+    """Whether the label did better than another feature's, see `LabelRow`; None: not scored."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ class Near(NamedTuple):
     feature: int
     label: str
     cosine: float
+    beats_control: bool | None = None
+    """Whether the label did better than another feature's, see `LabelRow`; None: not scored."""
 
 
 class OnPrompt(NamedTuple):
@@ -117,6 +121,8 @@ class OnPrompt(NamedTuple):
     """That, as a share of its largest over the corpus."""
     density: float
     """How often it fires on the corpus."""
+    beats_control: bool | None = None
+    """Whether the label did better than another feature's, see `LabelRow`; None: not scored."""
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -176,7 +182,7 @@ def contrast(
 def contrast_of(atlas: Atlas, sets: PromptSets, pooled: Pooled, limit: int = 10) -> Contrast:
     """The same of texts that were read already: `pooled` holds a row for each of `sets.texts`."""
     p, n, test_p, test_n = map(pooled.rows, sets.places)
-    features = best_features(p, n, test_p, test_n, limit, atlas.name)
+    features = best_features(p, n, test_p, test_n, limit, atlas)
     exclusive = np.flatnonzero(((p.max > 0).sum(0) == len(sets.find[0])) & ((n.max > 0).sum(0) == 0))
     kinds = ("find_positive", "find_negative", "test_positive", "test_negative")
     prompts = dict(zip(kinds, map(len, sets.places), strict=True))
@@ -187,11 +193,11 @@ def contrast_of(atlas: Atlas, sets: PromptSets, pooled: Pooled, limit: int = 10)
 
 def best_features(
     positive: Pooled, negative: Pooled, test_positive: Pooled, test_negative: Pooled, limit: int,
-    name: Callable[[int], str] = lambda feature: "", groups: tuple[np.ndarray, np.ndarray] | None = None,
+    atlas: Atlas | None = None, groups: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> list[Separating]:  # fmt: skip
     """The features with the best AUC on the find prompts (ties: larger effect), each with its better pool.
 
-    `groups` are the test prompts' groups; see `separation.interval`.
+    `atlas` names them. `groups` are the test prompts' groups; see `separation.interval`.
     """
     d_sae = positive.max.shape[1]
     live = np.flatnonzero(np.bincount(positive.max.indices, minlength=d_sae))  # silent on positives: AUC of 0.5 at most
@@ -211,10 +217,11 @@ def best_features(
         low, high = interval(test[0], test[1], groups) if judged else (None, None)
         rows.append(
             Separating(
-                feature, name(feature), pool, float(score[better[column], column]),
+                feature, atlas.name(feature) if atlas else "", pool, float(score[better[column], column]),
                 float(p_values(p, n, 2 * d_sae)[0]), float(effect[better[column], column]),
                 (float((p > 0).mean()), float((n > 0).mean())),
                 float(auc(test[0][:, None], test[1][:, None])[0]) if judged else None, low, high,
+                atlas.beats_control(feature) if atlas else None,
             )
         )  # fmt: skip
     return rows
@@ -231,9 +238,9 @@ def by_prompt(atlas: Atlas, reader: PromptReader, text: str, limit: int = 10) ->
     share = np.divide(row.data, most, out=np.zeros(len(row.data)), where=most > 0)
     best = np.argsort(-share * -np.log10(np.maximum(density, 1e-9)), kind="stable")[:limit]
     return [
-        OnPrompt(int(row.indices[i]), atlas.name(int(row.indices[i])), float(row.data[i]), float(share[i]),
-                 float(density[i]))
-        for i in best
+        OnPrompt(feature, atlas.name(feature), float(row.data[i]), float(share[i]), float(density[i]),
+                 atlas.beats_control(feature))
+        for i, feature in zip(best.tolist(), row.indices[best].tolist(), strict=True)
     ]  # fmt: skip
 
 
@@ -256,7 +263,8 @@ def nearest(atlas: Atlas, reader: PromptReader, towards: Float[np.ndarray, " d_m
         raise PromptError("the direction has no length: the two sets have the same mean")
     cosine = reader.dictionary.W_dec.cpu() @ torch.from_numpy(np.asarray(towards / length, np.float32))
     values, features = cosine.topk(min(limit, len(cosine)))
-    return [Near(i, atlas.name(i), v) for i, v in zip(features.tolist(), values.tolist(), strict=True)]
+    found = zip(features.tolist(), values.tolist(), strict=True)
+    return [Near(i, atlas.name(i), v, atlas.beats_control(i)) for i, v in found]
 
 
 def _claim(features: list[Separating]) -> str:

@@ -22,7 +22,7 @@ from sae_core.study import BehaviorSettings, CorpusSettings, DictionarySettings,
 
 VERSIONS = {
     "corpus": 1, "activations": 1, "dictionary": 2, "features": 2, "neighbors": 1, "feature_map": 1, "steering": 1,
-    "labels": 5, "atlas": 1,
+    "labels": 6, "atlas": 1,
 }  # fmt: skip
 
 ON_DEMAND = {"steering_report": 3, "safety": 2, "multilingual": 2, "behaviors": 1}

@@ -363,9 +363,9 @@ class LabelSettings(Settings):
     features: int = Field(40, ge=0)
     """Features given a written label, strongest first; every live feature gets a lexical label besides."""
     examples: int = Field(8, ge=1)
-    """Examples shown for each feature, over its activation levels."""
+    """Examples shown for each feature: half of them its strongest, half over the deciles of its activations."""
     contrast: int = Field(0, ge=0)
-    """Texts shown besides that hold the tokens it fires on most, and in which it does not fire."""
+    """Texts shown besides that are the most similar to these, and in which it does not fire."""
     temperature: float = Field(0.0, ge=0)
     """Sampling temperature; 0 takes the most likely answer."""
     seed: int = 0

@@ -36,7 +36,8 @@ def dictionaries(plot: Path | None, json_: bool) -> None:
 @as_json
 def features(words: tuple[str, ...], limit: int, study: str, dictionary: str, json_: bool) -> None:
     """Find features by WORDS in their labels, examples and promoted tokens."""
-    from pipelines.console import doubted, out, print_json, table
+    from pipelines.console import out, print_json, table
+    from sae_core.labels.reader import doubted
 
     atlas = open_atlas(study, dictionary)
     hits = atlas.search(" ".join(words), limit)
@@ -87,7 +88,7 @@ def feature(number: int, examples: int, study: str, dictionary: str, json_: bool
 
     atlas = open_atlas(study, dictionary)
     card = atlas.feature(number)
-    print_json(card) if json_ else show_feature(card, examples, atlas.beats_control)
+    print_json(card) if json_ else show_feature(card, examples)
 
 
 @click.command()
@@ -97,7 +98,8 @@ def feature(number: int, examples: int, study: str, dictionary: str, json_: bool
 @as_json
 def explain(text: str, top: int, study: str, dictionary: str, json_: bool) -> None:
     """Which features fire on TEXT, token by token."""
-    from pipelines.console import doubted, out, print_json, table
+    from pipelines.console import out, print_json, table
+    from sae_core.labels.reader import doubted
 
     atlas = open_atlas(study, dictionary)
     tokens = atlas.explain(open_model(atlas), text, top)
@@ -106,7 +108,7 @@ def explain(text: str, top: int, study: str, dictionary: str, json_: bool) -> No
         return
     for token in tokens:
         out.print(f"\n{token.token!r}", style="bold", markup=False)
-        rows = [(f.feature, f.value, doubted(f.label, atlas.beats_control(f.feature))) for f in token.features]
+        rows = [(f.feature, f.value, doubted(f.label, f.beats_control)) for f in token.features]
         out.print(table(("feature", "activation", "label"), rows))
 
 

@@ -52,7 +52,9 @@ def steer(
         err.print(f"note: {note}", markup=False)
     sampling = Sampling(max_tokens, temperature, top_p, seed, stop)
     streams = side_by_side(lm, read_prompt(lm, [{"role": "user", "content": prompt}]), sampling, steering)
-    told = [{**steer._asdict(), "label": atlas.name(steer.feature)} for steer in steers]
+    told = [
+        {**s._asdict(), "label": atlas.name(s.feature), "beats_control": atlas.beats_control(s.feature)} for s in steers
+    ]
     if not json_:
         show_side_by_side(streams, told)
         return

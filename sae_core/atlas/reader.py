@@ -19,6 +19,7 @@ from sae_core.by_feature import ByFeature
 from sae_core.features import Features
 from sae_core.generations import served
 from sae_core.labels.meaning import Meaning
+from sae_core.labels.reader import doubted
 from sae_core.mapped import read_through
 from sae_core.names import DictionarySpec, Site
 from sae_core.word_index import WordIndex
@@ -75,7 +76,11 @@ class Atlas:
 
     def beats_control(self, feature: int) -> bool | None:
         """Whether the label did better than another feature's; None where it was not scored."""
-        return self._columns_of_features().beats_control[feature].as_py()
+        return self._beats[feature].as_py() if self._beats is not None else None
+
+    def shown(self, feature: int) -> str:
+        """The name as text shows it: marked when the label does not beat its control."""
+        return doubted(self.name(feature), self.beats_control(feature))
 
     def search(
         self, query: str, limit: int = 20, filters: Filters = ALL, sort: str = "relevance", offset: int = 0
@@ -200,7 +205,10 @@ class Atlas:
             name=self.name(feature),
             label=labels[0] if labels else None,
             examples=self.features.examples(feature),
-            neighbors=[Neighbor(n["neighbor"], self.name(n["neighbor"]), n["cosine"]) for n in nearest],
+            neighbors=[
+                Neighbor(i, self.name(i), cosine, self.beats_control(i))
+                for i, cosine in ((n["neighbor"], n["cosine"]) for n in nearest)
+            ],
             place=Place(place[0]["x"], place[0]["y"], place[0]["cluster"]) if place else None,
             steering=next(iter(self._about(feature, "steering")), None),
             history=self.history(feature),
@@ -231,7 +239,8 @@ class Atlas:
         for strings, values in values_on_text(self.store, self.dictionary, lm, text, self.sink_norm):
             asked = [None] * len(strings) if feature is None else values[:, feature].tolist()
             for token, fired, value in zip(strings, strongest(values, per_token), asked, strict=True):
-                yield ExplainedToken(token, [Fired(i, act, self.name(i)) for i, act in fired], value)
+                named = [Fired(i, act, self.name(i), self.beats_control(i)) for i, act in fired]
+                yield ExplainedToken(token, named, value)
 
     @cached_property
     def sink_norm(self) -> float:
@@ -249,6 +258,13 @@ class Atlas:
             return None
         sql = "SELECT coalesce(nullif(label, ''), lexical, '') AS name FROM labels ORDER BY feature"
         return self._tables.arrow(sql)["name"]
+
+    @cached_property
+    def _beats(self) -> pa.Array | None:
+        """Of every feature, whether its label beats its control; None before labels are made."""
+        if "beats_control" not in self._tables.columns("labels"):
+            return None
+        return self._tables.arrow("SELECT beats_control FROM labels ORDER BY feature")["beats_control"]
 
     @cached_property
     def _documents(self) -> pa.RecordBatch | None:

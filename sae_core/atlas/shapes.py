@@ -38,6 +38,8 @@ class Neighbor:
     feature: int
     label: str
     cosine: float
+    beats_control: bool | None = None
+    """Whether the label did better than another feature's, see `LabelRow`; None: not scored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,8 @@ class Fired:
     value: float
     """Its activation."""
     label: str
+    beats_control: bool | None = None
+    """Whether the label did better than another feature's, see `LabelRow`; None: not scored."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,12 @@ class FeatureRow:
     top_token_shares: list[float]
     """Share of its firings that each of these has."""
 
+    def share(self, low: float, high: float) -> float:
+        """Share of its firings in a range of the maximum (0 to 1): a bin counts by how much of it lies inside."""
+        n = len(self.histogram)
+        inside = (max(0.0, min(high * n, i + 1) - max(low * n, i)) * count for i, count in enumerate(self.histogram))
+        return sum(inside) / max(self.n_fired, 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Example:

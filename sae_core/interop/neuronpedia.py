@@ -24,6 +24,7 @@ from sae_core.artifacts import new_folder, write_atomically
 from sae_core.atlas import Atlas
 from sae_core.features import FeatureRow
 from sae_core.interop.saelens import HOOKS
+from sae_core.labels.reader import doubted
 from sae_core.names import DictionarySpec
 
 BATCH = 1024
@@ -201,10 +202,11 @@ class _Export:
 
     def _explanation(self, row: FeatureRow, label: dict[str, Any]) -> dict[str, Any]:
         place = next(iter(self._tables["map"].get(row.feature, [])), {})
+        written_by = f"Mind Atlas, {label.get('model', '')}, prompt {label.get('prompt_version', '')}"
         return self._key(row.feature) | {
             "id": _identity(self.model, self.source, row.feature, label["label"]), "authorId": CREATOR,
             "description": label["label"], "embedding": None, "typeName": None, "explanationModelName": None,
-            "notes": f"Mind Atlas, {label.get('model', '')}, prompt {label.get('prompt_version', '')}",
+            "notes": doubted(written_by, label.get("beats_control")),
             "umap_x": place.get("x", 0), "umap_y": place.get("y", 0), "umap_cluster": place.get("cluster", 0),
             "umap_log_feature_sparsity": _short(math.log10(row.density)) if row.density else -10.0,
         }  # fmt: skip

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +28,9 @@ from sae_core.labels.reader import ATTEMPTS, LABELS, SCHEMA, LabelError, LabelRo
 from sae_core.labels.scoring.items import Ground, Scored
 from sae_core.progress import Report, silent
 from sae_core.study import LabelSettings
+
+if TYPE_CHECKING:
+    from sae_core.labels.scoring.nearest import Texts  # brings torch
 
 MIN_FIRED = 20
 """Features that fired less often are asked about last: too few examples to judge by."""
@@ -54,7 +57,7 @@ def build_labels(
         api_key: the endpoint's key; default: OPENAI_API_KEY from the environment. It is kept nowhere.
         only: features to ask about, in place of those that the settings choose; with `finished`.
         finished: folder of finished labels, from which the rows of all other features are taken.
-        ground: what labels are scored with; without it none is.
+        ground: what labels are scored with, and `settings.contrast` is found with; without it neither is done.
         previous: the generation before, whose labels of kept features are taken over: scored again, and asked for
             again only when one that beat its control does so no longer.
         earlier: labels of the same features, whose labelers' tables are kept (see `labelers`).
@@ -86,7 +89,7 @@ def build_labels(
     if chosen:
         key = api_key or os.environ.get("OPENAI_API_KEY") or "none"  # many servers want none; one that does says so
         with recorder(folder / ATTEMPTS) as record, label_writer(settings, key, report) as client:
-            labeler = Labeler(client, source, settings, record)
+            labeler = Labeler(client, source, settings, record, _texts(settings, source, ground))
             at_once = settings.concurrency if settings.base_url else 1
             for row in carried:
                 record({"feature": row.feature, "carried": row.label, "made_at": row.made_at})
@@ -106,6 +109,15 @@ def build_labels(
 
         write_meaning(ground.model, source, rows, folder)
     return _summary(source, settings, rows) | summary | {"n_carried": len(carried)}
+
+
+def _texts(settings: LabelSettings, source: Features, ground: Ground | None) -> "Texts | None":
+    """The sample of the corpus, where it is searched: for contrast or for scores."""
+    if ground is None or not (settings.contrast or settings.scorers):
+        return None
+    from sae_core.labels.scoring.nearest import Texts
+
+    return Texts(ground.model, source)
 
 
 def choose_features(table: pa.Table, count: int) -> list[int]:
@@ -191,7 +203,7 @@ async def _score(
     from sae_core.labels.scoring.score import score_labels  # brings torch
 
     client, source, settings, record = labeler.client, labeler.features, labeler.settings, labeler.record
-    return await score_labels(client, rows, others, source, settings, ground, record, at_once, report)
+    return await score_labels(client, rows, others, source, settings, ground, record, at_once, report, labeler.texts)
 
 
 def asked_all(outcomes: Sequence[Outcome], source: Features, settings: LabelSettings) -> list[LabelRow]:

@@ -123,11 +123,12 @@ class ChatClient:
         parameters: the other fields of a request. A server that refuses one by name is asked without it from then on.
         cache: where answers are kept.
         budget: what may be spent.
+        at_once: requests under way at once; who comes when so many are waits for a place.
     """
 
     def __init__(
         self, connect: Callable[[], AsyncOpenAI], endpoint: str, model: str, parameters: dict[str, Any],
-        cache: CompletionCache, budget: Budget,
+        cache: CompletionCache, budget: Budget, at_once: int = 8,
     ) -> None:  # fmt: skip
         self.connect = connect
         self.endpoint = endpoint
@@ -136,6 +137,7 @@ class ChatClient:
         self.cache = cache
         self.budget = budget
         self._pace = Pace()
+        self._places = asyncio.Semaphore(at_once)
         self._refused: set[str] = set()
         self._settled: set[Path] = set()
         self._under_way: WeakValueDictionary[Path, asyncio.Lock] = WeakValueDictionary()
@@ -183,7 +185,8 @@ class ChatClient:
             if found := self.settle(messages, **parameters):
                 return found
             self.cache.prepare(path)
-            completion = await self._buy(messages, self.parameters | parameters)
+            async with self._places:
+                completion = await self._buy(messages, self.parameters | parameters)
             self._settled.add(path)
             await asyncio.to_thread(self.cache.put, path, completion)  # the disk must not hold up the others
             return completion

@@ -41,7 +41,8 @@ def label_writer(settings: LabelSettings, key: str, report: Report) -> Iterator[
             endpoint, connect = settings.base_url, _remote(settings, key)
         else:
             endpoint, connect = _identity(settings), _local(settings, stack, report)
-        yield ChatClient(connect, endpoint, settings.model, _parameters(settings), cache, budget)
+        at_once = settings.concurrency if settings.base_url else 1
+        yield ChatClient(connect, endpoint, settings.model, _parameters(settings), cache, budget, at_once)
 
 
 def _parameters(settings: LabelSettings) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sae_core.features import Example, Features
 from sae_core.labels.build import asked_all, choose
@@ -15,10 +15,14 @@ from sae_core.labels.prompts import Message
 from sae_core.progress import silent
 from sae_core.study import LabelSettings, ModelSettings
 
+if TYPE_CHECKING:
+    from sae_core.labels.scoring.nearest import Texts  # brings torch
+
 BYTES_PER_TOKEN = 3.3
 """Of a prompt, chat template included: 2,070 bytes a feature are 630 tokens to Qwen 2.5 on `quickstart`."""
 _ANSWER = '{{"label": "names of the week {}", "description": "Weekdays.", "kind": "input", "confidence": 0.9}}'
 _ANSWER_TOKENS = 40  # what the label writers tried so far take on average
+_NO_MODEL = ModelSettings(source="none")
 _JUDGED_SHARE = 0.3  # of the bound of a judge's answer: one that lists half of the texts
 
 
@@ -58,8 +62,9 @@ class Rehearsal(ChatClient):
 
 
 async def _rehearse(rehearsal: Rehearsal, source: Features, chosen: Sequence[int], settings: LabelSettings) -> None:
-    """Ask all that would be asked; texts are of the right number, and drawn at random in place of the nearest ones."""
-    outcomes = await Labeler(rehearsal, source, settings, _forget).label_all(chosen, 1, silent)
+    """Ask all that would be asked; texts are of the right number, and any in place of the nearest ones."""
+    texts = _any_texts(source) if settings.contrast else None
+    outcomes = await Labeler(rehearsal, source, settings, _forget, texts).label_all(chosen, 1, silent)
     if not (n_judged := settings.judged_of(len(outcomes))):
         return
     from sae_core.labels.scoring.items import Ground
@@ -70,12 +75,20 @@ async def _rehearse(rehearsal: Rehearsal, source: Features, chosen: Sequence[int
         def neighbors(self, feature: int) -> list[int]:
             return []
 
-        def nearest(self, examples: Sequence[Example]) -> Iterable[int]:
-            return ()
-
-    nothing = Ground(ModelSettings(source="none"), Path())  # what Sketch has no need of
-    trials = Sketch(settings, source, nothing).trials(asked_all(outcomes, source, settings), [], silent)
+    scorer = Sketch(settings, source, Ground(_NO_MODEL, Path()), texts or _any_texts(source))
+    trials = scorer.trials(asked_all(outcomes, source, settings), [], silent)
     await Judge(rehearsal, _forget).judge_all(trials[:n_judged], tasks_of(settings), 1, silent)
+
+
+def _any_texts(source: Features) -> "Texts":
+    """The sample, of which any window passes for the nearest: no model is loaded."""
+    from sae_core.labels.scoring.nearest import Texts
+
+    class AnyTexts(Texts):
+        def nearest(self, examples: Sequence[Example]) -> Iterable[int]:
+            return range(len(self.sample.tokens))
+
+    return AnyTexts(_NO_MODEL, source)
 
 
 def _forget(attempt: dict[str, Any]) -> None:

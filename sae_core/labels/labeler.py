@@ -3,16 +3,19 @@
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sae_core.features import Features
 from sae_core.labels.asker import Record
 from sae_core.labels.budget import BudgetReached
 from sae_core.labels.client import ChatClient, Completion, EndpointDown, EndpointError, RequestFailed
 from sae_core.labels.prices import NOTHING, Usage
-from sae_core.labels.prompts import Answer, BadAnswer, Message, ask, ask_again, choose_examples, contrast, read_answer
+from sae_core.labels.prompts import Answer, BadAnswer, Message, ask, ask_again, choose_examples, read_answer
 from sae_core.progress import Report
 from sae_core.study import LabelSettings
+
+if TYPE_CHECKING:
+    from sae_core.labels.scoring.nearest import Texts  # brings torch
 
 TURNS = 2
 """Times a feature is asked about: once, and once more when the answer cannot be used."""
@@ -46,20 +49,27 @@ class Labeler:
         features: what is known of the features.
         settings: how many examples, and the seed of their choice.
         record: told of every attempt, as JSON values.
+        texts: where texts in which a feature does not fire are looked for; without it, none is shown.
     """
 
-    def __init__(self, client: ChatClient, features: Features, settings: LabelSettings, record: Record) -> None:
+    def __init__(
+        self, client: ChatClient, features: Features, settings: LabelSettings, record: Record,
+        texts: "Texts | None" = None,
+    ) -> None:  # fmt: skip
         self.client = client
         self.features = features
         self.settings = settings
         self.record = record
+        self.texts = texts
         self.stopped = ""
         """Why features were left out, when the budget was used up."""
         self._failures = 0
         self._answered = False
 
     async def label_all(self, chosen: Sequence[int], concurrency: int, report: Report) -> list[Outcome]:
-        """Outcomes in the order of `chosen`, with at most `concurrency` requests under way.
+        """Outcomes in the order of `chosen`, with at most `concurrency` requests under way (the client sees to it).
+
+        Some more features are at work: while their questions are made or their answers kept, no place is empty.
 
         When the budget is used up, what is under way is waited for, and the features that are left have no outcome.
 
@@ -85,7 +95,7 @@ class Labeler:
                 report(len(outcomes), len(chosen), "labels", failed=failed, dollars=self.client.budget.dollars)
 
         self._give_up_after = min(_GIVE_UP_AFTER, len(chosen))
-        await run_all([work() for _ in range(min(concurrency, len(chosen)))])
+        await run_all([work() for _ in range(min(concurrency + concurrency // 4, len(chosen)))])
         self.stopped = self.stopped if todo else ""
         return [outcomes[feature] for feature in chosen if feature in outcomes]
 
@@ -110,11 +120,11 @@ class Labeler:
 
     def _question(self, feature: int) -> tuple[list[int], list[Message]]:
         """The examples to show, and what is asked about them."""
-        examples = self.features.examples(feature)
-        indices = choose_examples(examples, self.settings.examples, self.settings.seed)
-        row = self.features.feature(feature)
-        silent = contrast(self.features, row, self.settings.contrast)
-        return indices, ask(row, [examples[i] for i in indices], silent)
+        examples, row = self.features.examples(feature), self.features.feature(feature)
+        indices = choose_examples(row, examples, self.settings.examples, self.settings.seed)
+        shown = [examples[i] for i in indices]
+        silent = self.texts.silent(feature, shown, self.settings.contrast) if self.texts else []
+        return indices, ask(row, shown, silent)
 
     def _settle(self, feature: int) -> bool:
         """Count the answers about a feature that are kept already; whether they are all that it wants."""

@@ -43,6 +43,8 @@ class Compared(NamedTuple):
     one_score: float | None
     other: str
     other_score: float | None
+    one_beats_control: bool | None
+    other_beats_control: bool | None
 
 
 class Earlier(NamedTuple):
@@ -92,7 +94,7 @@ def open_labels(folder: Path, name: str = CURRENT) -> Labels:
 def compare(one: Sequence[LabelRow], other: Sequence[LabelRow]) -> list[Compared]:
     """The features that both named, in order."""
     return [
-        Compared(a.feature, a.label, _value(best(a)), b.label, _value(best(b)))
+        Compared(a.feature, a.label, _value(best(a)), b.label, _value(best(b)), a.beats_control, b.beats_control)
         for a, b in zip(one, other, strict=True)
         if a.label and b.label
     ]

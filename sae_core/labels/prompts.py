@@ -6,10 +6,11 @@ import random
 import re
 import unicodedata
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 from sae_core.errors import MindAtlasError
-from sae_core.features import Example, FeatureRow, Features
+from sae_core.features import Example, FeatureRow
 from sae_core.settings import fingerprint
 
 Kind = Literal["input", "output", "both", "unclear"]
@@ -22,6 +23,7 @@ MARK_SHARE = 0.3
 FIRES_ON, PROMOTED, SUPPRESSED = 3, 5, 3
 """Tokens listed that the feature fires on most, that it promotes most, and that it suppresses most."""
 _LONG_TOKEN = 40
+DECILES = 10
 LABEL_WORDS = 8
 MAX_TOKENS = 80
 """Bound of an answer; a good one takes about 40."""
@@ -79,7 +81,7 @@ ANSWER_SCHEMA: dict[str, Any] = {
 
 _SILENT = "in these it does not fire:"
 _SIZES = (BEFORE, AFTER, MARK_SHARE, FIRES_ON, PROMOTED, SUPPRESSED, MAX_TOKENS)
-VERSION = "2." + fingerprint([SYSTEM, _SHOTS, _SILENT, ANSWER_SCHEMA, *_SIZES])[:8]
+VERSION = "3." + fingerprint([SYSTEM, _SHOTS, _SILENT, ANSWER_SCHEMA, *_SIZES])[:8]
 """Names the prompt that a label came from; it changes by itself with anything the label writer is told."""
 
 
@@ -97,31 +99,42 @@ class BadAnswer(MindAtlasError):
     """An answer that holds no label; the message says what is wrong with it."""
 
 
-def choose_examples(examples: Sequence[Example], count: int, seed: int) -> list[int]:
-    """Indices of the examples to show, in order (strongest first): half are the top ones, half stand for the levels.
+def choose_examples(feature: FeatureRow, examples: Sequence[Example], count: int, seed: int) -> list[int]:
+    """Indices of the examples to show, in order (strongest first): half are the top ones, half go over the deciles.
 
-    The levels are gone through from the highest down, one example drawn at random from each, round after round.
-    Examples whose shown text was seen before are passed over; what the levels cannot fill, top ones do.
+    The latter are asked from deciles of rank that lie evenly between the weakest and the strongest, one drawn at random
+    from each; where no example is left of a decile, from the nearest that has one. Examples whose shown text was seen
+    before are passed over.
     """
-    top = [i for i, example in enumerate(examples) if example.kind == "top"]
-    n_top = count - count // 2
-    chosen: dict[str, int] = {}
-    for i in [*top[:n_top], *_by_turns(examples, random.Random(seed)), *top[n_top:]]:
-        if len(chosen) < count:
-            chosen.setdefault(mark(examples[i]), i)
-    return sorted(chosen.values())
+    seen: set[str] = set()
+
+    def is_new(i: int) -> bool:
+        known = len(seen)
+        seen.add(mark(examples[i]))
+        return len(seen) > known
+
+    top = (i for i, example in enumerate(examples) if example.kind == "top")
+    chosen = [*islice(filter(is_new, top), count - count // 2)]
+    others = [i for i in range(len(examples)) if i not in chosen]
+    random.Random(seed).shuffle(others)
+    deciles = {i: decile(feature, examples[i].act) for i in others}
+    turn, turns = 0, count - len(chosen)
+    while turn < turns and others:
+        wanted = int((turn + 0.5) * DECILES / turns)
+        nearest = min(others, key=lambda i: abs(deciles[i] - wanted))  # of equals, the first of the shuffled
+        others.remove(nearest)
+        if is_new(nearest):
+            chosen.append(nearest)
+            turn += 1
+    return sorted(chosen)
 
 
-def _by_turns(examples: Sequence[Example], draw: random.Random) -> list[int]:
-    """Indices of the examples that stand for levels: one of each level, then a second of each, and so on."""
-    levels: dict[int, list[int]] = {}
-    for i, example in enumerate(examples):
-        if example.kind == "level":
-            levels.setdefault(example.level, []).append(i)
-    for indices in levels.values():
-        draw.shuffle(indices)
-    ordered = [levels[level] for level in sorted(levels, reverse=True)]
-    return [turn[n] for n in range(max(map(len, ordered), default=0)) for turn in ordered if n < len(turn)]
+def decile(feature: FeatureRow, act: float) -> int:
+    """Which tenth of the feature's firings an activation lies in, by rank: 0 for the weakest, 9 for the strongest.
+
+    Read off the feature's histogram, as if firings lay evenly within a bin.
+    """
+    return min(int(DECILES * feature.share(0.0, act / feature.max_act)), DECILES - 1) if feature.max_act > 0 else 0
 
 
 def mark(example: Example) -> str:
@@ -146,12 +159,7 @@ def marked(tokens: Sequence[str], fires: Sequence[bool]) -> str:
 def as_data(text: str) -> str:
     """Corpus text that can neither end its line nor pass for a mark or a tag of ours."""
     text = text.replace("\n", "⏎").replace("<<", "< <").replace(">>", "> >").replace("</", "< /")
-    return "".join(c if c.isprintable() else " " for c in text)
-
-
-def contrast(features: Features, row: FeatureRow, count: int) -> list[Example]:
-    """Texts near to the examples in which the feature does not fire: they hold its most frequent tokens."""
-    return features.silent(row.feature, row.top_tokens[:FIRES_ON], count) if count else []
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
 
 
 def ask(feature: FeatureRow, examples: Sequence[Example], silent: Sequence[Example] = ()) -> list[Message]:
@@ -160,7 +168,7 @@ def ask(feature: FeatureRow, examples: Sequence[Example], silent: Sequence[Examp
     Args:
         feature: what is known of it.
         examples: texts in which it fires.
-        silent: texts in which it does not, see `contrast`.
+        silent: texts near to them in which it does not.
     """
     messages = [{"role": "system", "content": SYSTEM}]
     for question, answer in _SHOTS:

@@ -45,6 +45,15 @@ BEST_SCORE = "coalesce({})".format(
 """SQL of how far to believe a label: the score of the scorer that goes the furthest; NULL where there is none."""
 
 
+NO_BETTER = "no better than another's label"
+"""What is said of a label that does not beat its control, wherever it is shown."""
+
+
+def doubted(label: str, beats_control: bool | None) -> str:
+    """A label as text shows it: marked when another feature's label did as well in its place."""
+    return f"{label} ({NO_BETTER})" if beats_control is False else label
+
+
 class LabelError(MindAtlasError):
     """Labels that cannot be made or read."""
 

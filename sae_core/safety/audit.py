@@ -272,7 +272,7 @@ def _audit_one(concept: Concept, drawn: Drawn, ground: _Ground) -> tuple[Concept
     far = drawn.shifted if drawn.shifted and all(drawn.shifted) else None
     shifted = [read(side) for side in far] if far else None
     groups = _groups(drawn.positive["test"]), _groups(drawn.negative["test"])
-    best = best_features(find[0], find[1], test[0], test[1], ground.settings.features, ground.atlas.name, groups)
+    best = best_features(find[0], find[1], test[0], test[1], ground.settings.features, ground.atlas, groups)
     probe = fit_probe(find[0].raw, find[1].raw)
     words = fit_words(*([text.text for text in side["find"]] for side in sides))
     live = np.union1d(find[0].max.indices, find[1].max.indices)
@@ -371,7 +371,7 @@ def _rows(found: ConceptAudit) -> list[dict[str, Any]]:
     about = {"concept": found.concept, "kind": found.kind, "status": found.status, "probe_auc": found.probe.auc,
              "words_auc": found.words.auc, "random_auc": found.random.mean}  # fmt: skip
     return [
-        about | {k: v for k, v in asdict(c.separating).items() if k != "active"}
+        about | {k: v for k, v in asdict(c.separating).items() if k not in {"active", "beats_control"}}
         | {"rank": rank, "specificity": c.specificity.share, "shifted_auc": c.shifted.auc if c.shifted else None}
         | c.steers._asdict()
         for rank, c in enumerate(found.candidates, 1)

@@ -8,7 +8,7 @@ ability a new such text exceeds it with a chance of at most `rate` (split confor
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,10 +103,14 @@ def load_detectors(path: Path, concepts: Sequence[str] = ()) -> list[Detector]:
 
 
 def detectors_of(atlas: Atlas, concepts: Sequence[str] = ()) -> list[Detector]:
-    """Those that the audit of the atlas calibrated, as `load_detectors`. Raises ArtifactError when there is none."""
+    """Those that the audit of the atlas calibrated, as `load_detectors`, with their features' labels as they are now.
+
+    Raises ArtifactError when there is none.
+    """
     if (audit := report_of(atlas.store, "safety", atlas.dictionary)) is None:
         raise ArtifactError(f"no audit of {atlas.dictionary} has set thresholds: `mind-atlas audit` does")
-    return load_detectors(audit.folder / MONITOR, concepts)
+    found = load_detectors(audit.folder / MONITOR, concepts)
+    return [replace(detector, label=atlas.shown(detector.feature)) for detector in found]
 
 
 class Monitor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from sae_core.labels.reader import doubted
 from sae_core.safety.audit import CALIBRATED_TEXTS, STATUSES, ConceptAudit, Rated, is_rated
 from sae_core.safety.specificity import RIGHT
 from sae_core.safety.words import CAVEATS
@@ -13,7 +14,7 @@ def verdict(found: ConceptAudit) -> str:
     if best is None:
         return "No feature fires on its prompts."
     s = best.separating
-    name = f"feature {s.feature}" + (f' ("{s.label}")' if s.label else "")
+    name = f"feature {s.feature}" + (f' ("{doubted(s.label, s.beats_control)}")' if s.label else "")
     if found.why_no_claim:
         return f"No claim: {found.why_no_claim}. The best on the few there are is {name}."
     rated = best.rated
@@ -124,8 +125,9 @@ def _row(found: ConceptAudit) -> str:
     s = best.separating
     own = best.specificity
     right = f"rank {found.right_rank}" if found.right_rank else "none"
+    label = doubted(s.label, s.beats_control)
     cells = [
-        found.concept, found.status, str(s.feature), s.label.replace("|", "\\|"), _auc(best.rated),
+        found.concept, found.status, str(s.feature), label.replace("|", "\\|"), _auc(best.rated),
         "-" if own.share is None else f"{own.share:.0%} ({own.corpus:.0%} of the corpus)", right,
         _auc(found.probe), _auc(found.words), f"{found.random.mean:.2f} ({found.random.high:.2f})", _elsewhere(found),
         "-" if best.steers.role is None else f"{best.steers.output_score:.2f} ({best.steers.role})",

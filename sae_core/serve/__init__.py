@@ -10,6 +10,7 @@
     live        the language model, one for all: who asks takes turns (`turns`, `streams`)
     steer       the steering page
     contrast    two sets of prompts, told apart
+    labeling    labels of chosen features, written by a process of its own
     reports     the safety audit and the multilingual report, where they were made
     monitor_api alerts on a text (`POST /v1/monitor`)
     openai_api  the (steered) model behind OpenAI's API

@@ -17,7 +17,7 @@ from sae_core.atlas import SearchError
 from sae_core.errors import MindAtlasError
 from sae_core.features.reader import FeatureError
 from sae_core.names import SlugError
-from sae_core.serve import api, contrast, pages, reports, steer
+from sae_core.serve import api, contrast, labeling, pages, reports, steer
 from sae_core.serve.door import LOOPBACK, Door
 from sae_core.serve.live import Live, LiveError
 from sae_core.serve.map import router as map_router
@@ -44,6 +44,7 @@ def create_app(
     hosts: tuple[str, ...] = LOOPBACK,
     token: str = "",
     presets: Presets | None = None,
+    label: labeling.Command | None = None,
 ) -> FastAPI:
     """The atlas as a web application.
 
@@ -55,6 +56,7 @@ def create_app(
             name of their own; empty for any.
         token: what every request must bring; empty for none.
         presets: steered models by name, for clients of OpenAI's API and the steering page.
+        label: what writes labels of chosen features; without it, none can be asked for here.
     """
     shelf = Shelf(store, dictionary)
 
@@ -70,12 +72,14 @@ def create_app(
     app.state.shelf = shelf
     app.state.live = live = Live(studies or Studies([]))
     app.state.presets = presets or {}
+    app.state.labeling = labeling.Labeling(label)
     app.add_middleware(Door, hosts=hosts, token=token)
     app.include_router(pages.router)
     app.include_router(map_router)
     app.include_router(steer.router)
     app.include_router(reports.router)
     app.include_router(contrast.router)
+    app.include_router(labeling.router)
     app.include_router(api.router)
     app.include_router(monitor_api(shelf, live))
     app.include_router(openai_api(shelf.atlas, live, presets))

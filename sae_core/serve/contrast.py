@@ -16,6 +16,7 @@ from sae_core.serve.render import page
 from sae_core.serve.shapes import Named, Near, View
 from sae_core.serve.shelf import ChosenAtlas, Shelf
 from sae_core.serve.streams import in_time
+from sae_core.serve.views import names
 
 router = APIRouter()
 
@@ -165,7 +166,7 @@ def _compared(live: Live, atlas: Atlas, asked: ContrastQuestion) -> "Iterator[in
         by=asked.by,
         features=[Separates.model_validate(feature, from_attributes=True) for feature in features],
         near=[Near(**row._asdict()) for row in near],
-        exclusive=[Named(feature=i, label=atlas.name(i)) for i in found.exclusive[: asked.limit]],
+        exclusive=[Named(**names(atlas, i)) for i in found.exclusive[: asked.limit]],
         prompts=found.prompts,
         duplicates=found.duplicates,
         windowed=found.windowed,

@@ -55,7 +55,8 @@ class Door:
         name = headers.get("host", "").rpartition(":")[0] if _has_port(headers.get("host", "")) else headers.get("host")
         if self._hosts and name not in self._hosts:
             return PlainTextResponse(f"this server is asked for as {', '.join(self._hosts)}", 421)
-        if headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate":
+        is_link = headers.get("sec-fetch-mode") == "navigate" and scope["method"] == "GET"
+        if headers.get("sec-fetch-site") == "cross-site" and not is_link:
             return PlainTextResponse("pages of other sites may link here, and not read or send", 403)
         if not self._oversized(headers):
             return self._without_token(scope, headers) if self._token else None

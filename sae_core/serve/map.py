@@ -45,8 +45,8 @@ def map_page(request: Request, atlas: ChosenAtlas) -> Response:
 @router.get("/near/{dictionary}/{feature}", response_class=HTMLResponse, include_in_schema=False)
 def near_page(request: Request, atlas: ChosenAtlas, feature: int) -> Response:
     atlas.features.feature(feature)  # refuses one that is not there
-    picture = neighborhood(index_of(atlas), feature, atlas.name)
-    return page(request, "near.html", dictionary=atlas.dictionary, feature=feature, name=atlas.name(feature),
+    picture = neighborhood(index_of(atlas), feature, atlas.name, beats=atlas.beats_control)
+    return page(request, "near.html", dictionary=atlas.dictionary, feature=feature, name=atlas.shown(feature),
                 picture=picture, width=WIDTH, height=HEIGHT)  # fmt: skip
 
 

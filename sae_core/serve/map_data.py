@@ -17,7 +17,7 @@ from jaxtyping import Float32, Float64, Int64
 
 from sae_core.artifacts import ArtifactStore
 from sae_core.features import Features
-from sae_core.labels.reader import BEST_SCORE, LABELS
+from sae_core.labels.reader import BEST_SCORE, LABELS, doubted
 from sae_core.settings import fingerprint
 
 MAP = "map.parquet"
@@ -153,11 +153,15 @@ class MapData:
 
     @cached_property
     def _names(self) -> pa.Array | None:
-        """What each feature is called, by its number; None before labels are made."""
+        """What each feature is called, by its number, as text shows it; None before labels are made."""
         if self._labels is None:
             return None
         label, lexical = (self._labels[name].combine_chunks() for name in ("label", "lexical"))
-        return pc.coalesce(pc.if_else(pc.equal(label, ""), None, label), lexical, "")
+        name = pc.coalesce(pc.if_else(pc.equal(label, ""), None, label), lexical, "")
+        if "beats_control" not in self._labels.column_names:
+            return name
+        is_worse = pc.fill_null(pc.invert(self._labels["beats_control"].combine_chunks()), False)
+        return pc.if_else(is_worse, pc.binary_join_element_wise(name, doubted("", False), ""), name)
 
 
 def z_order(x: Float32[np.ndarray, " n"], y: Float32[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float32, Float64
 
+from sae_core.labels.reader import doubted
 from sae_core.neighbor_index import NeighborIndex
 
 COUNT = 40
@@ -57,8 +58,14 @@ class Neighborhood:
     rings: list[Ring]
 
 
-def neighborhood(index: NeighborIndex, feature: int, name: Callable[[int], str], count: int = COUNT) -> Neighborhood:
-    """The picture of a feature; `name` gives its neighbors' labels. Raises NeighborError for an unknown feature."""
+def neighborhood(
+    index: NeighborIndex, feature: int, name: Callable[[int], str], count: int = COUNT,
+    beats: Callable[[int], bool | None] = lambda feature: None,
+) -> Neighborhood:  # fmt: skip
+    """The picture of a feature, and its neighbors' labels: `beats` says whether they beat their control.
+
+    Raises NeighborError for an unknown feature.
+    """
     cosines, found = index.near(feature, count)
     if not len(found):
         return Neighborhood(feature, [], [])
@@ -67,10 +74,11 @@ def neighborhood(index: NeighborIndex, feature: int, name: Callable[[int], str],
     away = _radius(cosines, cosines)
     x = WIDTH / 2 * (1 + away * np.cos(turn) * 0.72)  # room for labels at both sides
     y = HEIGHT / 2 * (1 + away * np.sin(turn))
-    labels = [_short(name(int(i))) or str(i) for i in found]
+    doubts = [" (doubtful)" if beats(int(i)) is False else "" for i in found]
+    labels = [(_short(name(int(i))) or str(i)) + doubt for i, doubt in zip(found, doubts, strict=True)]
     shown = _with_room(x, y, labels)
     points = [
-        Point(int(i), name(int(i)), float(c), round(float(px), 1), round(float(py), 1),
+        Point(int(i), doubted(name(int(i)), beats(int(i))), float(c), round(float(px), 1), round(float(py), 1),
               label if room else "", bool(px < WIDTH / 2))
         for i, c, px, py, label, room in zip(found, cosines, x, y, labels, shown, strict=True)
     ]  # fmt: skip

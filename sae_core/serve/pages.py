@@ -40,8 +40,8 @@ def feature(request: Request, atlas: ChosenAtlas, feature: int) -> HTMLResponse:
 def together(request: Request, atlas: ChosenAtlas, feature: int) -> HTMLResponse:
     """Features that fire together with one."""
     found = views.together(atlas, feature)
-    name = atlas.name(feature)
-    return page(request, "together.html", feature=feature, name=name, found=found, dictionary=atlas.dictionary)
+    named = views.names(atlas, feature)
+    return page(request, "together.html", named=named, found=found, dictionary=atlas.dictionary)
 
 
 @router.get("/search")
@@ -65,7 +65,8 @@ async def text(request: Request, atlas: ChosenAtlas, text: str = "", feature: st
     tokens = await live.explain(request, atlas, text, _PER_TOKEN, number) if text.strip() else []
     return page(
         request, "text.html", text=text, tokens=tokens, strongest=_strongest(tokens), row=row,
-        name=atlas.name(row.feature) if row else "", max_characters=MAX_CHARACTERS, dictionary=atlas.dictionary,
+        named=views.names(atlas, row.feature) if row else None, max_characters=MAX_CHARACTERS,
+        dictionary=atlas.dictionary,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.responses import HTMLResponse
 
 from sae_core.display import shown_bytes
+from sae_core.labels.reader import doubted
 
 STEPS = 10
 """Shades of the activation scale above nothing (classes `a1` to `a10` of the style sheet)."""
@@ -173,7 +174,14 @@ _TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 _TEMPLATES.filters |= {"number": number, "percent": percent, "token": token, "visible": visible, "broken": broken}
-_TEMPLATES.globals |= {"pieces": pieces, "found_in": found_in, "bars": bars, "step": step, "feature_path": feature_path}
+_TEMPLATES.globals |= {
+    "pieces": pieces,
+    "found_in": found_in,
+    "bars": bars,
+    "step": step,
+    "feature_path": feature_path,
+    "doubted": doubted,
+}
 
 
 def page(request: Request, template: str, *, status: int = 200, **values: Any) -> HTMLResponse:
@@ -182,6 +190,7 @@ def page(request: Request, template: str, *, status: int = 200, **values: Any) -
     values["static"] = getattr(request.app.state, "static", False)  # for a site of files: nothing that needs a server
     chosen = values.setdefault("dictionary", "")
     values["reports"] = shelf.reports(chosen)
+    values["can_label"] = request.app.state.labeling.command is not None
     asked = request.query_params.get("dictionary", "")
     values["stay"] = f"?dictionary={quote(chosen)}" if chosen and (asked or chosen != shelf.default) else ""
     return HTMLResponse(_TEMPLATES.get_template(template).render(path=request.url.path, **values), status)

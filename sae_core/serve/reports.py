@@ -10,9 +10,9 @@ from sae_core.artifacts import Made
 from sae_core.atlas import Atlas
 from sae_core.safety.words import CAVEATS
 from sae_core.serve.render import page
-from sae_core.serve.shapes import View
+from sae_core.serve.shapes import Named, View
 from sae_core.serve.shelf import ChosenAtlas
-from sae_core.serve.views import NotFoundError
+from sae_core.serve.views import NotFoundError, names
 from sae_core.stages import report_of
 
 router = APIRouter(responses={404: {"description": "There is no such thing, or the report was not made yet."}})
@@ -54,11 +54,9 @@ class Steers(View):
     role: str | None
 
 
-class Candidate(View):
+class Candidate(Named):
     """One of the best features for a concept, chosen on the prompts that find."""
 
-    feature: int
-    label: str
     pool: str
     """Over tokens: `max` or `mean`."""
     find_auc: float
@@ -135,11 +133,9 @@ class Example(View):
     """The feature's activation on each token."""
 
 
-class Shared(View):
+class Shared(Named):
     """A feature that fires on the same content in several languages."""
 
-    feature: int
-    label: str
     languages: int
     """On how many it fires at all."""
     same: float
@@ -186,7 +182,9 @@ def audit(atlas: ChosenAtlas) -> AuditView:
     return AuditView(
         dictionary=atlas.dictionary, made_at=made.manifest.made_at, caveats=CAVEATS,
         lost=made.manifest.summary["names_lost"],
-        concepts=[ConceptView(**row) for row in _json(made, "audit.json")],
+        concepts=[
+            ConceptView(**row | {"candidates": _named(atlas, row["candidates"])}) for row in _json(made, "audit.json")
+        ],
     )  # fmt: skip
 
 
@@ -208,7 +206,9 @@ def behaviors(atlas: ChosenAtlas) -> dict[str, Any]:
 def multilingual(atlas: ChosenAtlas) -> MultilingualView:
     """Which features fire on the same content across languages, against shuffled pairs."""
     made = _report(atlas, "multilingual")
-    rows = [ParallelView(**row) for row in _json(made, "multilingual.json")]
+    rows = [
+        ParallelView(**row | {"features": _named(atlas, row["features"])}) for row in _json(made, "multilingual.json")
+    ]
     return MultilingualView(dictionary=atlas.dictionary, made_at=made.manifest.made_at, texts=rows)
 
 
@@ -230,6 +230,11 @@ def _report(atlas: Atlas, stage: str) -> Made:
     if made is None:
         raise NotFoundError(f"there is no {stage} report of {atlas.dictionary} as it is now: run `{_CURES[stage]}`")
     return made
+
+
+def _named(atlas: Atlas, features: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same features, called what they are called now: labels may be written after a report."""
+    return [feature | names(atlas, feature["feature"]) for feature in features]
 
 
 def _json(made: Made, file: str) -> Any:

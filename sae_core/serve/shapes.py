@@ -20,6 +20,8 @@ class Named(View):
     feature: int
     label: str
     """Its label; the lexical one where no label was written, empty before labels are made."""
+    beats_control: bool | None = None
+    """Whether the label does better than another feature's, on text that its writer did not see; null: not scored."""
 
 
 class Near(Named):
@@ -46,6 +48,18 @@ class Score(View):
     """Ends of its interval."""
     control: float | None = None
     """The same score of a label that has nothing to do with the feature."""
+    lexical: float | None = None
+    """The same score of the name made without a language model."""
+    random: float | None = None
+    nearest: float | None = None
+    neighbor: float | None = None
+    """The score against the silent texts of one kind alone: drawn at random, the most similar, and such in which a
+    feature with a similar decoder row fires."""
+    failed: float = 0.0
+    """Share of the texts on which there was no answer that can be read."""
+    n_firing: int = 0
+    n_silent: int = 0
+    """Texts it was scored on, in which the feature fires, and does not."""
 
 
 class Label(View):
@@ -92,6 +106,8 @@ class Passage(View):
     source: str
     title: str
     language: str
+    shown: bool = False
+    """The label's writer saw it, so that the label was not scored on it."""
 
 
 class Level(View):
@@ -194,7 +210,7 @@ class DocumentView(View):
     text: str
 
 
-class Marked(View):
+class Marked(Named):
     """An example in its document."""
 
     before: str
@@ -202,8 +218,6 @@ class Marked(View):
     """The document's text around it."""
     passage: Passage
     dictionary: str
-    feature: int
-    name: str
     max_act: float
 
 
@@ -236,6 +250,8 @@ class Quality(View):
     value: float
     control: float | None
     """What other features' labels got on the same texts."""
+    lexical: float | None
+    """What the names made without a language model got."""
 
 
 class Overview(View):

@@ -28,6 +28,7 @@ from sae_core.serve.door import POLICY
 from sae_core.serve.map import map_of
 from sae_core.serve.render import feature_path
 from sae_core.serve.shelf import Shelf
+from sae_core.serve.views import names
 from sae_core.stages import report_of
 
 INDEX = "search.json"
@@ -144,7 +145,7 @@ def _index(atlas: Atlas, features: list[int]) -> list[dict[str, Any]]:
     """What the search in the browser looks through."""
     rows = atlas.features.columns("density", "top_tokens", "promoted").take(features).to_pylist()
     return [
-        {"feature": feature, "label": atlas.name(feature), "density": row["density"],
+        {**names(atlas, feature), "density": row["density"],
          "tokens": " ".join(map(str.strip, [*row["top_tokens"], *row["promoted"]]))}
         for feature, row in zip(features, rows, strict=True)
     ]  # fmt: skip

@@ -13,12 +13,14 @@ from starlette.responses import HTMLResponse, Response
 
 from sae_core.atlas import Atlas
 from sae_core.errors import MindAtlasError
+from sae_core.labels.reader import doubted
 from sae_core.serve.live import MAX_CHARACTERS, Live, LiveError
 from sae_core.serve.render import page
 from sae_core.serve.shapes import SteeredFeature, SteeredToken
 from sae_core.serve.shelf import ChosenAtlas, Shelf
 from sae_core.serve.streams import EventStream, SteerField, event, next_item
 from sae_core.serve.turns import Stream
+from sae_core.serve.views import names
 from sae_core.steers import ABSURD, Method, Scope, Steer, cautions
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ MAX_TOKENS = 512
 _FEATURES = 16  # steered at once
 _SUGGESTED = 6  # presets from the atlas
 _WORDS = 3  # that stand for a feature without a label
+_BRIEF = 34  # characters of a name on a button
 _DEFAULT = 2.0  # strength where none was looked for
 FORMULAS: dict[Method, str] = {
     "clamp": "x\u2032 = x + (s\u00b7m \u2212 f) d",
@@ -78,8 +81,7 @@ def steered_feature(atlas: ChosenAtlas, feature: int) -> SteeredFeature:
     measured = card.steering or {}
     found = measured.get("suggested_strength")
     return SteeredFeature(
-        feature=feature,
-        label=card.name,
+        **names(atlas, feature),
         is_dead=card.row.is_dead,
         max_act=card.row.max_act,
         strength=found or _DEFAULT,
@@ -135,7 +137,14 @@ def suggested(atlas: Atlas) -> dict[str, tuple[Steer, ...]]:
     rows = pq.read_table(made.folder / "scores.parquet", columns=columns).to_pylist()
     best = sorted((r for r in rows if r["suggested_strength"]), key=lambda r: -r["output_score"])[:_SUGGESTED]
     named = ((r["feature"], r["suggested_strength"]) for r in best)
-    return {f"{i} {atlas.name(i)}".strip(): (Steer(i, strength),) for i, strength in named}
+    return {f"{i} {_brief(atlas, i)}".strip(): (Steer(i, strength),) for i, strength in named}
+
+
+def _brief(atlas: Atlas, feature: int) -> str:
+    """The beginning of a feature's name, with all of its mark."""
+    name = atlas.name(feature)
+    short = name if len(name) <= _BRIEF else f"{name[: _BRIEF - 1]}…"
+    return doubted(short, atlas.beats_control(feature))
 
 
 def instruction(atlas: Atlas, steers: list[Steer]) -> str:

@@ -1,6 +1,8 @@
 """What the pages show and the JSON API returns, gathered from the artifacts."""
 
 import re
+from collections.abc import Container
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
@@ -10,6 +12,7 @@ from sae_core.corpus import Corpus
 from sae_core.display import shown_bytes
 from sae_core.errors import MindAtlasError
 from sae_core.features import Example, FeatureRow
+from sae_core.labels.scoring.items import STRATA
 from sae_core.names import DictionarySpec
 from sae_core.serve.shapes import (
     DocumentView,
@@ -56,9 +59,9 @@ def feature_view(atlas: Atlas, feature: int) -> FeatureView:
         name=card.name,
         row=card.row,
         label=_label(card.label) if card.label else None,
-        levels=_levels(atlas, card.row, card.examples),
+        levels=_levels(atlas, card.row, card.examples, {*((card.label or {}).get("examples") or ())}),
         counter_examples=_counter_examples(atlas, card.row, card.examples),
-        neighbors=[Near(feature=x.feature, label=x.label, cosine=x.cosine) for x in card.neighbors],
+        neighbors=[Near(**asdict(x)) for x in card.neighbors],
         cluster=card.place.cluster if card.place else None,
         output_score=(card.steering or {}).get("output_score"),
         suggested_strength=(card.steering or {}).get("suggested_strength"),
@@ -76,7 +79,12 @@ def _label(row: dict[str, Any]) -> Label:
         **{name: row.get(name) or "" for name in texts},
         confidence=row.get("confidence"),
         scores=[
-            Score(name=s["scorer"], value=s["score"], low=s["low"], high=s["high"], control=s["shuffled"])
+            Score(
+                name=s["scorer"],
+                value=s["score"],
+                control=s["shuffled"],
+                **{name: s[name] for name in ("low", "high", "lexical", "failed", "n_firing", "n_silent", *STRATA)},
+            )
             for s in row.get("scores") or []
             if s["score"] is not None
         ],
@@ -84,17 +92,20 @@ def _label(row: dict[str, Any]) -> Label:
     )
 
 
-def _levels(atlas: Atlas, row: FeatureRow, examples: list[Example]) -> list[Level]:
-    """The examples by level, the highest first; levels without an example are left out."""
+def _levels(atlas: Atlas, row: FeatureRow, examples: list[Example], shown: Container[int] = ()) -> list[Level]:
+    """The examples by level, the highest first; levels without an example are left out.
+
+    `shown` are the indices of those that the label's writer saw.
+    """
     n_levels = int(atlas.store.get("features", atlas.dictionary).manifest.settings.get("levels", 0)) or max(
         (example.level for example in examples), default=1
     )
-    passages = list(zip((x.level for x in examples), _passages(atlas, examples), strict=True))
+    passages = list(zip((x.level for x in examples), _passages(atlas, examples, shown), strict=True))
     return [
         Level(
             low=(level - 1) / n_levels,
             high=level / n_levels,
-            share=_share(row, (level - 1) / n_levels, level / n_levels),
+            share=row.share((level - 1) / n_levels, level / n_levels),
             examples=[passage for of, passage in passages if of == level],
         )
         for level in range(n_levels, 0, -1)
@@ -102,14 +113,15 @@ def _levels(atlas: Atlas, row: FeatureRow, examples: list[Example]) -> list[Leve
     ]
 
 
-def _passages(atlas: Atlas, examples: list[Example]) -> list[Passage]:
+def _passages(atlas: Atlas, examples: list[Example], shown: Container[int] = ()) -> list[Passage]:
     about = atlas.documents({example.document for example in examples})
     return [
         Passage(
             act=x.act, tokens=x.tokens, acts=x.acts, peak=x.peak, kind=x.kind, document=x.document,
-            position=x.position, **about.get(x.document, {"source": "", "title": "", "language": ""}),
+            position=x.position, shown=i in shown,
+            **about.get(x.document, {"source": "", "title": "", "language": ""}),
         )
-        for x in examples
+        for i, x in enumerate(examples)
     ]  # fmt: skip
 
 
@@ -118,13 +130,6 @@ def _counter_examples(atlas: Atlas, row: FeatureRow, examples: list[Example]) ->
     tokens = row.top_tokens[:_TELLING]
     others = [x for x in examples if x.tokens[x.peak] not in row.top_tokens]
     return _passages(atlas, [*atlas.features.silent(row.feature, tokens, _COUNTER), *others[:_COUNTER]])
-
-
-def _share(row: FeatureRow, low: float, high: float) -> float:
-    """Share of the firings in a range of the maximum; bins that straddle its ends count by how much lies inside."""
-    n = len(row.histogram)
-    inside = (max(0.0, min(high * n, i + 1) - max(low * n, i)) * count for i, count in enumerate(row.histogram))
-    return sum(inside) / max(row.n_fired, 1)
 
 
 def document_view(store: ArtifactStore, corpus: str, document: int) -> DocumentView:
@@ -193,10 +198,11 @@ def _quality(summary: dict[str, Any]) -> list[Quality]:
     """The scores of all labels, in the mean."""
     found = []
     for name, scores in (summary.get("scores") or {}).items():
-        values, controls = ([x for x in scores.get(key, []) if x is not None] for key in ("score", "shuffled"))
-        if values:
-            control = sum(controls) / len(controls) if controls else None
-            found.append(Quality(name=name, labels=len(values), value=sum(values) / len(values), control=control))
+        known = {key: [x for x in scores.get(key, []) if x is not None] for key in ("score", "shuffled", "lexical")}
+        value, control, lexical = (sum(xs) / len(xs) if xs else None for xs in known.values())
+        if value is not None:
+            labels = len(known["score"])
+            found.append(Quality(name=name, labels=labels, value=value, control=control, lexical=lexical))
     return found
 
 
@@ -209,7 +215,12 @@ def _stage(store: ArtifactStore, stage: str, spec: DictionarySpec, cure: str, on
 def together(atlas: Atlas, feature: int) -> list[Together]:
     """Features seen with this one, the most often first. Raises FeatureError when there is no such feature."""
     atlas.features.feature(feature)
-    return [Together(feature=i, label=atlas.name(i), tokens=n) for i, n in atlas.together(feature)]
+    return [Together(**names(atlas, i), tokens=n) for i, n in atlas.together(feature)]
+
+
+def names(atlas: Atlas, feature: int) -> dict[str, Any]:
+    """The fields of `Named`."""
+    return {"feature": feature, "label": atlas.name(feature), "beats_control": atlas.beats_control(feature)}
 
 
 def marked(atlas: Atlas, document: DocumentView, feature: int, position: int) -> Marked | None:
@@ -233,7 +244,6 @@ def marked(atlas: Atlas, document: DocumentView, feature: int, position: int) ->
         after=document.text[start + len(whole) :],
         passage=here,
         dictionary=atlas.dictionary,
-        feature=feature,
-        name=card.name,
         max_act=card.row.max_act,
+        **names(atlas, feature),
     )

@@ -49,6 +49,9 @@ class Labels(Atlas):
     def name(self, feature: int) -> str:
         return f"label {feature}"
 
+    def beats_control(self, feature: int) -> bool | None:
+        return feature % 2 == 0
+
 
 READER, ATLAS = Reader(), Labels()
 

@@ -38,6 +38,7 @@ def test_loopback_is_let_in_by_all_its_names(client: TestClient, host: str):
 def test_other_sites_may_link_here_and_not_read_or_send(client: TestClient):
     cross = {"sec-fetch-site": "cross-site"}
     assert client.get("/text", headers=cross | {"sec-fetch-mode": "navigate"}).status_code == 200
+    assert client.post("/contrast", headers=cross | {"sec-fetch-mode": "navigate"}).status_code == 403
     assert client.get("/api/overview", headers=cross | {"sec-fetch-mode": "cors"}).status_code == 403
     assert client.get("/text?text=a", headers=cross | {"sec-fetch-mode": "no-cors"}).status_code == 403
     assert client.get("/text", headers={"sec-fetch-site": "same-origin"}).status_code == 200

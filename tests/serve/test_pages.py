@@ -332,7 +332,20 @@ def test_scores_are_shown_when_labels_have_them(tiny_atlas: Path, atlas: Atlas, 
     with open_client(store) as client:
         told = client.get(f"/api/features/{atlas.dictionary}/40").json()
         assert told["label"]["scores"] == [
-            {"name": "detection", "value": 0.4, "low": 0.1, "high": 0.9, "control": 0.51}
+            {
+                "name": "detection",
+                "value": 0.4,
+                "low": 0.1,
+                "high": 0.9,
+                "control": 0.51,
+                "lexical": 0.5,
+                "random": 0.4,
+                "nearest": 0.4,
+                "neighbor": 0.4,
+                "failed": 0.0,
+                "n_firing": 12,
+                "n_silent": 12,
+            }
         ]
         assert "0.510" in client.get(path(atlas, 40)).text
         assert "no better than another's label" in client.get(path(atlas, 40)).text.replace("&#39;", "'")
@@ -348,7 +361,8 @@ def test_the_overview_tells_scores_of_labels_beside_those_of_others(tiny_atlas: 
     file.write_text(json.dumps(told), "utf-8")
     with open_client(store) as client:
         quality = client.get("/api/overview").json()["quality"]
-        assert quality == [{"name": "detection", "labels": 2, "value": pytest.approx(0.8), "control": 0.5}]
+        mean = {"name": "detection", "labels": 2, "value": pytest.approx(0.8), "control": 0.5, "lexical": None}
+        assert quality == [mean]
         assert "0.500 for another feature's label" in read(client.get("/").text).text
 
 

@@ -1,29 +1,26 @@
 """Labels scored on text that their writer never saw, each beside another feature's label and the lexical one."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Float
 
-from sae_core.features import Example, Features
-from sae_core.features.reader import Sample
+from sae_core.features import Features
 from sae_core.labels.asker import Record
 from sae_core.labels.client import ChatClient
-from sae_core.labels.prompts import contrast
 from sae_core.labels.reader import LabelRow, Score
-from sae_core.labels.scoring.embedding import Embedder, joined
+from sae_core.labels.scoring.embedding import joined
 from sae_core.labels.scoring.items import Answers, Ground, Item, Names, Scored, Trial, as_item, negatives, positives
 from sae_core.labels.scoring.judge import KINDS, Judge, Task, asked_about
 from sae_core.labels.scoring.metrics import Pairwise, accuracy_pairs, auc_pairs, rating_pairs
+from sae_core.labels.scoring.nearest import Texts
 from sae_core.labels.scoring.simulation import Correlation
-from sae_core.language_model import LanguageModel
 from sae_core.neighbors import NEIGHBORS
 from sae_core.progress import Report
 from sae_core.study import LabelSettings
@@ -31,12 +28,11 @@ from sae_core.study import LabelSettings
 _PAIRS = {"embedding": auc_pairs, "specificity": rating_pairs}  # all others: accuracy_pairs
 LEAST = 4
 """Texts in which the feature fires, from fewer of which no score is made."""
-_OVERFETCH = 32  # windows looked at for each example, of which those are taken in which the feature does not fire
 
 
 async def score_labels(
     client: ChatClient, rows: Sequence[LabelRow], others: Sequence[LabelRow], features: Features,
-    settings: LabelSettings, ground: Ground, record: Record, at_once: int, report: Report,
+    settings: LabelSettings, ground: Ground, record: Record, at_once: int, report: Report, texts: Texts | None = None,
 ) -> Scored:  # fmt: skip
     """Score the written labels among `rows`.
 
@@ -50,6 +46,7 @@ async def score_labels(
         record: told of every question to the judge.
         at_once: features judged at once.
         report: progress, in features scored and then in features judged.
+        texts: the sample, searched by text, if it is open already.
 
     Raises:
         EndpointError: the judge answers nothing.
@@ -57,7 +54,7 @@ async def score_labels(
     """
     if not settings.scorers or not any(row.label for row in rows):
         return Scored({}, "")
-    scorer = Scorer(settings, features, ground)
+    scorer = Scorer(settings, features, ground, texts)
     trials = scorer.trials(rows, others, report)
     answers = {trial.feature: [scorer.embed(trial)] * ("embedding" in settings.scorers) for trial in trials}
     tasks = tasks_of(settings)
@@ -87,23 +84,14 @@ class Scorer:
         settings: which scorers, and on how many texts.
         features: examples and a sample of the text.
         ground: the rest of what is looked at.
+        texts: the sample, searched by text, if it is open already.
     """
 
-    def __init__(self, settings: LabelSettings, features: Features, ground: Ground) -> None:
+    def __init__(self, settings: LabelSettings, features: Features, ground: Ground, texts: Texts | None = None) -> None:
         self.settings = settings
         self.features = features
         self.ground = ground
-        self.sample: Sample = features.sample()
-
-    @cached_property
-    def _embedder(self) -> Embedder:
-        return Embedder(LanguageModel.load(self.ground.model), [joined(t) for t in self.sample.tokens])
-
-    @cached_property
-    def _index(self) -> faiss.IndexFlatIP:
-        index = faiss.IndexFlatIP(self._embedder.windows.shape[1])
-        index.add(self._embedder.windows)
-        return index
+        self.texts = texts or Texts(ground.model, features)
 
     @cached_property
     def _pairs(self) -> pa.Table:
@@ -127,33 +115,29 @@ class Scorer:
 
     def embed(self, trial: Trial) -> Answers:
         """Similarity of each name and text."""
-        texts = self._embedder.texts([joined(item.tokens) for item in trial.items])
+        embedder = self.texts.embedder
+        texts = embedder.texts([joined(item.tokens) for item in trial.items])
         names = trial.names.given()
-        similarity = self._embedder.names(list(names.values())) @ texts.T
+        similarity = embedder.names(list(names.values())) @ texts.T
         return Answers("embedding", dict(zip(names, similarity, strict=True)))
 
     def _items(self, row: LabelRow) -> list[Item]:
         examples = self.features.examples(row.feature)
         seed = self.settings.seed * 1_000_003 + row.feature
-        others = contrast(self.features, self.features.feature(row.feature), self.settings.contrast)
-        seen = {example.document for example in (*(examples[i] for i in row.examples), *others)}
+        shown = [examples[i] for i in row.examples]
+        others = self.texts.silent(row.feature, shown, self.settings.contrast)
+        seen = {example.document for example in (*shown, *others)}
         chosen = positives(examples, seen, self.settings.score_examples, seed)
         if not chosen:
             return []
         neighbors = self.neighbors(row.feature)
-        silent = negatives(self.sample, row.feature, neighbors, chosen, seen, self.nearest, seed)
+        silent = negatives(self.texts.sample, row.feature, neighbors, chosen, seen, self.texts.nearest, seed)
         items = [*map(as_item, chosen), *silent]
         return [items[i] for i in np.random.default_rng(seed).permutation(len(items))]
 
     def neighbors(self, feature: int) -> list[int]:
         """Features with similar decoder rows, nearest first."""
         return self._pairs.filter(pc.field("feature") == feature)["neighbor"].to_pylist()
-
-    def nearest(self, examples: Sequence[Example]) -> Iterable[int]:
-        """The nearest window of each example, then the second nearest of each, and so on."""
-        texts = self._embedder.texts([joined(example.tokens) for example in examples])
-        count = min(_OVERFETCH, self._index.ntotal)
-        return self._index.search(texts, count)[1].T.ravel().tolist()
 
 
 def shuffled_from(row: LabelRow, written: Sequence[LabelRow], seed: int) -> LabelRow | None:

@@ -1,4 +1,5 @@
 // The map page: loads the table of points, colors it, names what is under the pointer, and keeps its state in the URL.
+import { parted } from "./doubt.js";
 import { find } from "./find.js";
 import { Scatter } from "./scatter.js";
 
@@ -62,8 +63,8 @@ async function name(row) {
 
 /** What a lexical label says, short enough for a map. */
 const brief = (text, most = 34) => {
-  const short = text.replace(/^fires on /, "").split(" · promotes ")[0];
-  return short.length > most ? `${short.slice(0, most - 1)}…` : short;
+  const [label, isDoubtful] = parted(text), short = label.replace(/^fires on /, "").split(" · promotes ")[0];
+  return (short.length > most ? `${short.slice(0, most - 1)}…` : short) + (isDoubtful ? " (doubtful)" : "");
 };
 
 // ---- colors

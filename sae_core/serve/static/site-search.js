@@ -1,4 +1,5 @@
 // The search page of a site of files.
+import { doubted } from "./doubt.js";
 import { find } from "./find.js";
 
 const form = document.querySelector("form.search"), box = form.elements.q, results = document.getElementById("results");
@@ -23,7 +24,7 @@ function row(hit) {
   const span = (className, textContent) => Object.assign(document.createElement("span"), { className, textContent, dir: "auto" });
   link.className = "hit";
   link.href = `${features}${hit.feature}/`;
-  link.append(span("n", hit.feature), " ", span("name", hit.label || "no label yet"));
+  link.append(span("n", hit.feature), " ", span("name", doubted(hit.label || "no label yet", hit.beats_control)));
   item.append(link, span("facts", `${(100 * hit.density).toPrecision(3)} %`));
   return item;
 }

@@ -1,4 +1,5 @@
 // The steering page: features and their strengths, three answers as they are written, and everything in the address.
+import { doubted } from "./doubt.js";
 
 const $ = (id) => document.getElementById(id);
 const form = $("steer"), list = $("features"), fields = form.elements, address = form.dataset;
@@ -76,7 +77,7 @@ async function add(number, strength, method) {
 function rowOf(told, strength, method) {
   const row = $("row").content.firstElementChild.cloneNode(true);
   const [slider, exact] = row.querySelectorAll("input"), methods = row.querySelector("select");
-  const name = told.label || "no label yet";
+  const name = doubted(told.label || "no label yet", told.beats_control);
   Object.assign(row.dataset, { feature: told.feature, max: told.max_act });
   row.querySelector(".n").textContent = told.feature;
   row.querySelector(".name").textContent = name;
@@ -128,7 +129,7 @@ async function find(first) {
     for (const hit of hits) {
       const item = document.createElement("li"), button = document.createElement("button");
       button.type = "button";
-      button.textContent = `${hit.feature} ${hit.label || "no label yet"}`;
+      button.textContent = `${hit.feature} ${doubted(hit.label || "no label yet", hit.beats_control)}`;
       button.addEventListener("click", () => taken(hit.feature));
       item.append(button);
       found.append(item);

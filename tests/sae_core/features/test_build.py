@@ -94,6 +94,14 @@ def test_statistics_agree_with_a_loop_over_every_firing(made: SimpleNamespace, f
             assert row.histogram == [expected[i] for i in range(1, 21)]
 
 
+def test_a_feature_s_histogram_tells_the_rank_of_an_activation_to_within_one_bin(made: Any, firings: dict) -> None:
+    for feature, all_of_it in firings.items():
+        row, values = made.features.feature(feature), np.array([f.value for f in all_of_it])
+        for value in values[:20].tolist():
+            off = row.share(0.0, value / row.max_act) - (values < value).mean()
+            assert abs(off) <= (row.histogram[bin_of(value, values.max(), 20) - 1] + 1) / len(values)
+
+
 def test_top_tokens_are_the_ones_it_fires_on_most(made: SimpleNamespace, firings: dict, world: Any) -> None:
     lm = LanguageModel.load(world.model)
     for feature in (0, 7, 23):

@@ -93,6 +93,30 @@ def test_a_feature_without_a_usable_answer_is_recorded_as_failed(endpoint, setti
     assert row.error
 
 
+@pytest.mark.parametrize("trouble", [
+    lambda h, b: h.send("<html>welcome</html>", kind="text/html"), lambda h, b: h.answer("x", choices=[]),
+    lambda h, b: h.send('{"choices": [{"message": {"con'), lambda h, b: h.send("<html>login</html>"),
+], ids=["HTML", "no choices", "cut short", "HTML that says it is JSON"])  # fmt: skip
+def test_a_feature_whose_request_gets_nonsense_is_recorded_and_the_others_are_labeled(
+    endpoint, settings, make_features, tmp_path, trouble
+):
+    endpoint.script = [trouble]
+    summary = build(settings, make_features(), tmp_path / "out", concurrency=1)
+    row = Labels.open(tmp_path / "out").label(0)
+    assert (summary["n_failed"], summary["n_labeled"]) == (1, 4)
+    assert (row.status, row.label, row.name) == ("failed", "", row.lexical)
+    assert row.error
+    assert "\n" not in row.error
+
+
+def test_a_label_in_the_midst_of_prose_is_found(endpoint, settings, make_features, tmp_path):
+    said = 'Sure {as asked}:\n```json\n{"label": "planets", "kind": "input"}\n```\nAnything else?'
+    endpoint.behavior = lambda h, b: h.answer(said)
+    assert build(settings, make_features(), tmp_path / "out")["n_labeled"] == 5
+    assert {row.label for row in Labels.open(tmp_path / "out").rows()} == {"planets", ""}
+    assert len(endpoint.requests) == 5  # and nothing had to be asked twice
+
+
 def test_markup_in_a_label_is_kept_as_text(endpoint, settings, make_features, tmp_path):
     endpoint.behavior = lambda h, b: h.answer(json.dumps({"label": "<script>alert(1)</script> \u202eabc"}))
     build(settings, make_features(), tmp_path / "out")
@@ -106,6 +130,37 @@ def test_a_wrong_key_stops_at_once_and_marks_nothing(endpoint, settings, make_fe
     assert len(endpoint.requests) == 1
     assert not (tmp_path / "out" / "labels.parquet").exists()
     assert attempts(tmp_path / "out") == []
+
+
+def test_a_model_that_does_not_exist_stops_at_once_and_marks_nothing(endpoint, settings, make_features, tmp_path):
+    endpoint.behavior = lambda h, b: h.error(404, "The model `m` does not exist", "model_not_found")
+    with pytest.raises(EndpointError, match=r"knows no model 'm' \(404\): correct labels.model or labels.base_url"):
+        build(settings, make_features(), tmp_path / "out", concurrency=1)
+    assert len(endpoint.requests) == 1
+    assert not (tmp_path / "out" / "labels.parquet").exists()
+    assert attempts(tmp_path / "out") == []
+
+
+def test_a_server_whose_process_ends_midway_stops_the_run_which_goes_on_elsewhere(
+    endpoint, settings, make_features, tmp_path, monkeypatch
+):
+    """Connections break off, and new ones are refused."""
+    monkeypatch.setattr("sae_core.labels.client.RETRIES", 1)
+
+    def end(handler, body) -> None:
+        endpoint.server.socket.close()
+        handler.close_connection = True
+        handler.connection.close()
+
+    endpoint.script = [named_by_prompt] * 3
+    endpoint.behavior = end
+    features = make_features(12, dead=())
+    settings = settings.model_copy(update={"features": 12})
+    with pytest.raises(EndpointError, match="5 requests in a row, the last with: Connection error") as failure:
+        build(settings, features, tmp_path / "out", concurrency=1)
+    assert failure.value.passing
+    assert not (tmp_path / "out" / "labels.parquet").exists()
+    assert [a["error"] for a in attempts(tmp_path / "out")][:3] == [""] * 3
 
 
 def test_a_server_that_dies_midway_stops_the_run_and_keeps_what_it_answered(

@@ -1,5 +1,7 @@
 import json
 
+import pytest
+
 from sae_core.labels import build_labels
 from sae_core.labels.estimate import estimate_labels
 from sae_core.study import LabelSettings
@@ -13,7 +15,8 @@ def settings(endpoint, **more) -> LabelSettings:
 def test_an_estimate_asks_nobody_and_writes_nothing(endpoint, make_features, cache):
     estimate = estimate_labels(settings(endpoint), make_features(8, dead=()))
     assert (estimate.features, estimate.requests, estimate.cached) == (6, 6, 0)
-    assert estimate.dollars == (estimate.prompt_tokens * 0.1 + estimate.completion_tokens * 0.4) / 1e6
+    expected = (estimate.prompt_tokens * 0.1 + estimate.completion_tokens * 0.4) / 1e6
+    assert estimate.dollars == pytest.approx(expected)
     assert endpoint.requests == []
     assert not list(cache.rglob("*"))
 

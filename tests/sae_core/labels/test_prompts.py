@@ -13,7 +13,7 @@ from sae_core.labels.prompts import (
     ask,
     ask_again,
     choose_examples,
-    contrast,
+    decile,
     mark,
     read_answer,
 )
@@ -50,23 +50,44 @@ def test_marks_in_the_corpus_are_not_taken_for_ours():
     assert mark(example(["a << b", ">>"], [0.0, 1.0], peak=1)) == "a < < b<<> >>>"
 
 
-def test_half_of_the_examples_are_the_top_ones_and_the_rest_go_over_the_levels(features):
-    examples = features.examples(0)
-    chosen = [examples[i] for i in choose_examples(examples, 8, seed=0)]
-    assert [e.act for e in chosen if e.kind == "top"] == [10.0, 9.0, 8.0, 7.0]
-    assert [e.level for e in chosen if e.kind == "level"] == [5, 4, 3, 2]
+def test_half_of_the_examples_are_the_top_ones_and_the_rest_lie_evenly_over_the_deciles(features):
+    row, examples = features.feature(0), features.examples(0)
+    chosen = [examples[i] for i in choose_examples(row, examples, 8, seed=0)]
+    assert [e.act for e in chosen if e.kind == "top"][:4] == [10.0, 9.0, 8.0, 7.0]
+    rest = [8.0, 6.0, 4.0, 2.0]  # the nearest there are to the deciles 1, 3, 6 and 8
+    assert sorted(e.act for e in chosen) == sorted([10.0, 9.0, 8.0, 7.0, *rest])
+
+
+def test_deciles_are_of_rank_and_not_of_value(features):
+    """Nine firings in ten lie in the lowest twentieth of the values: nearly all deciles are there."""
+    row = replace(features.feature(0), n_fired=100, max_act=10.0, histogram=[90, *[0] * 18, 10])
+    acts = [0.01, 0.06, 0.15, 0.3, 0.49, 5.0, 9.6, 10.0]
+    assert [decile(row, act) for act in acts] == [0, 1, 2, 5, 8, 9, 9, 9]
+    tokens = [[f" {i}", "x"] for i in range(len(acts))]
+    examples = [example(t, [0.0, act], peak=1, kind="level") for t, act in zip(tokens, acts, strict=True)][::-1]
+    examples = [replace(e, act=max(e.acts)) for e in examples]
+    chosen = [examples[i].act for i in choose_examples(row, examples, 4, seed=0)]
+    assert chosen == [0.49, 0.3, 0.15, 0.06]  # for the deciles 8, 6, 3 and 1
+
+
+def test_where_a_decile_has_no_example_left_the_nearest_one_gives_another(features):
+    row = features.feature(0)
+    examples = [example([f" {i}", "x"], [0.0, 10.0 - i / 10], peak=1, kind="level") for i in range(5)]
+    assert choose_examples(row, examples, 4, seed=0) != []
+    assert choose_examples(row, examples, 99, seed=0) == [0, 1, 2, 3, 4]
+    assert choose_examples(row, [], 8, seed=0) == []
 
 
 def test_an_example_that_reads_the_same_is_shown_once(features):
-    first = features.examples(0)[0]
-    assert len(choose_examples([first, replace(first, document=7), first], 8, seed=0)) == 1
+    row, first = features.feature(0), features.examples(0)[0]
+    assert len(choose_examples(row, [first, replace(first, document=7), first], 8, seed=0)) == 1
 
 
 def test_the_choice_depends_on_the_seed_only(features):
-    level = [e for e in features.examples(0) if e.kind == "level"]
-    many = [replace(e, level=3, tokens=[*e.tokens[:-15], f" {i}", *e.tokens[-14:]]) for i, e in enumerate(level * 4)]
-    choices = {seed: choose_examples(many, 4, seed) for seed in range(8)}
-    assert choices == {seed: choose_examples(many, 4, seed) for seed in range(8)}
+    row, level = features.feature(0), [e for e in features.examples(0) if e.kind == "level"]
+    many = [replace(e, act=5.0, tokens=[*e.tokens[:-15], f" {i}", *e.tokens[-14:]]) for i, e in enumerate(level * 4)]
+    choices = {seed: choose_examples(row, many, 4, seed) for seed in range(8)}
+    assert choices == {seed: choose_examples(row, many, 4, seed) for seed in range(8)}
     assert len({tuple(c) for c in choices.values()}) > 1
 
 
@@ -84,7 +105,6 @@ def test_the_question_holds_what_the_feature_fires_on_and_what_it_makes_likely(f
 
 def test_texts_in_which_it_does_not_fire_follow_unmarked_where_they_are_asked_for(features):
     row, shown = features.feature(0), features.examples(0)[:1]
-    assert contrast(features, row, 0) == []
     silent = Example(0, 0, "silent", 0.0, 9, 0, 1, [" the", " planet", " hotel"], [0.0] * 3)
     question = ask(row, shown, [silent])[-1]["content"]
     assert question.startswith(ask(row, shown)[-1]["content"])

@@ -75,6 +75,9 @@ class OwnAtlas(Atlas):
     def name(self, feature: int) -> str:
         return f"label|{feature}"
 
+    def beats_control(self, feature: int) -> bool | None:
+        return feature % 2 == 0
+
 
 class Reader(PromptReader):
     """Reads without a model."""

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import duckdb
+import numpy as np
 import pytest
 
 from sae_core.features import Features
@@ -16,7 +17,9 @@ from sae_core.labels.client import EndpointError
 from sae_core.labels.endpoint import label_writer
 from sae_core.labels.estimate import estimate_labels
 from sae_core.labels.reader import LabelRow
+from sae_core.labels.scoring.embedding import joined
 from sae_core.labels.scoring.items import Ground
+from sae_core.labels.scoring.nearest import Texts
 from sae_core.labels.scoring.score import score_labels
 from sae_core.study import LabelSettings, ModelSettings
 
@@ -157,10 +160,37 @@ def test_texts_are_none_that_the_writer_saw_and_every_question_is_recorded(endpo
 
 def test_texts_shown_as_contrast_are_held_against_no_label(endpoint, by_rule, planted, ground, rows, monkeypatch):
     endpoint.behavior = by_rule
-    monkeypatch.setattr(Features, "silent", lambda self, feature, tokens, limit: self.examples(feature)[3 : 3 + limit])
+    held = lambda self, feature, shown, count: self.features.examples(feature)[3 : 3 + count]  # noqa: E731
+    monkeypatch.setattr(Texts, "silent", held)
     settings = LabelSettings(model="m", base_url=endpoint.url, scorers=["detection"], contrast=5)
     found = scored(settings, planted, ground, rows)
     assert {fields["scores"][0].n_firing for fields in found.values()} == {6}  # 14, less 3 shown and 5 as contrast
+
+
+def test_contrast_is_what_reads_most_alike_and_holds_no_firing(planted, ground):
+    """Against a search by hand: cosine of every window with every example, the best ones first."""
+    features = Features.open(planted.folder)
+    texts = Texts(ground.model, features)
+    shown = features.examples(0)[:3]
+    found = texts.silent(0, shown, 6)
+    fires = features.sample().acts(0)
+    cosine = texts.embedder.texts([joined(e.tokens) for e in shown]) @ texts.embedder.windows.T
+    order = np.argsort(-cosine, axis=1, kind="stable")[:, :32].T.ravel().tolist()
+    expected = [w for w in dict.fromkeys(order) if w not in fires][:6]
+    assert [e.document for e in found] == [texts.sample.documents[w] for w in expected]
+    assert {(e.kind, e.level, sum(e.acts)) for e in found} == {("silent", 0, 0.0)}
+    assert all(0 <= e.peak < len(e.tokens) for e in found)
+    assert texts.silent(0, shown, 0) == texts.silent(0, [], 3) == []
+
+
+def test_a_writer_is_shown_contrast_and_an_estimate_counts_it(endpoint, by_rule, planted, ground, tmp_path):
+    endpoint.behavior = by_rule
+    settings = LabelSettings(model="m", base_url=endpoint.url, features=2, examples=3, contrast=4, scorers=[])
+    plain = estimate_labels(settings.model_copy(update={"contrast": 0}), planted.folder).prompt_tokens
+    assert estimate_labels(settings, planted.folder).prompt_tokens > plain
+    build_labels(settings, planted.folder, tmp_path, ground=ground)
+    asked = [request["messages"][-1]["content"] for request in endpoint.requests]
+    assert [len(q.partition("<silent>\n")[2].partition("\n</silent>")[0].splitlines()) for q in asked] == [4, 4]
 
 
 def test_answers_that_cannot_be_read_are_counted_and_make_no_score(endpoint, by_rule, planted, ground, rows):
