@@ -185,10 +185,7 @@ class _Scorer:
                 stack.enter_context(lm.resumed(self._subject.site.layer, acts))
             if steering is not None:
                 stack.enter_context(steering.applied(lm))
-            # Rows cut out of longer ones would be multiplied one by one, each with the whole embedding.
-            head = lm.model.get_output_embeddings()
-            stack.callback(head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(),)).remove)
-            return lm.model(ids, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+            return lm.next_logits(ids)
 
 
 def _ranks(logits: Float[Tensor, "rows vocab"], tokens: Int[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
