@@ -14,8 +14,8 @@ import torch
 
 from sae_core.artifacts import ArtifactStore, home
 from sae_core.atlas import Atlas
-from sae_core.circuits import Trace
 from sae_core.circuits.agreement import OnPrompt, agreement, measure_task
+from sae_core.circuits.attribution import Trace
 from sae_core.circuits.tasks import SHIPPED, load_tasks
 from sae_core.language_model import LanguageModel
 from sae_core.prompt_reader import PromptReader

@@ -1,5 +1,7 @@
-"""How features are used: what a prediction owes to each of them, and what becomes of it without them."""
+"""How features are used: what a prediction owes to each of them, and what becomes of it without them.
 
-from sae_core.circuits.attribution import Attribution, AttributionError, Change, Choice, Trace, compared
-
-__all__ = ["Attribution", "AttributionError", "Change", "Choice", "Trace", "compared"]
+    attribution  a difference of two logits, parted among features at tokens; ablations, clamps
+    answer       the same with labels, as the command line, the API and the page tell it
+    tasks        prompts that ask for one ability, as data
+    agreement    does an attribution say what an ablation does?
+"""

@@ -222,18 +222,19 @@ class Trace:
             stack.enter_context(self.lm.edit(*self._site, lambda _: kept))
             return self.lm.next_logits(self.ids.expand(len(x), -1))
 
-    def attribute(self, target: str = "", against: str = "", steps: int = 0) -> Attribution:
+    def attribute(self, target: str | int = "", against: str | int = "", steps: int = 0) -> Attribution:
         """The difference of two logits, attributed to all features at all tokens.
 
         Args:
-            target: text whose first token it is about; empty: the likeliest.
-            against: text whose first token it is held against; empty: the likeliest other.
+            target: the token that it is about, or text whose first token that is; empty: the likeliest.
+            against: the token that it is held against, or text; empty: the likeliest other.
             steps: of integrated gradients (midpoint rule); 0 takes the gradient at x alone, one pass forward and back.
 
         Raises:
             AttributionError: a text holds no token, both begin with the same, or their logits are not finite.
         """
-        ids, notes = self._choose(target, against)
+        notes: list[str] = []
+        ids = self.choose(target, against, notes)
         chosen, other = (self._choice(token) for token in ids)
         notes += [
             f"the model gives {c.token!r} no probability ({c.probability:.1e})"
@@ -262,6 +263,21 @@ class Trace:
             steps=steps,
             notes=notes,
         )
+
+    def choose(self, target: str | int, against: str | int, notes: list[str] | None = None) -> list[int]:
+        """The two tokens, as `attribute` takes them, which it raises as; `notes` takes what should be said of them."""
+        notes = [] if notes is None else notes
+        best = self.likeliest(self.clean, 2).tolist()
+        chosen = None if target == "" else self._first(target, notes)
+        other = None if against == "" else self._first(against, notes)
+        if chosen is None:
+            chosen = next(token for token in best if token != other)
+        if other is None:
+            other = next(token for token in best if token != chosen)
+        if chosen == other:
+            (same,) = self.lm.token_strings([chosen])
+            raise AttributionError(f"{target!r} and {against!r} both begin with the token {same!r}: give two others")
+        return [chosen, other]
 
     @torch.no_grad()
     def ablated(self, found: Attribution, places: Int[Tensor, " n"]) -> Float32[Tensor, " n"]:
@@ -330,22 +346,9 @@ class Trace:
             total += g / len(points)
         return total
 
-    def _choose(self, target: str, against: str) -> tuple[list[int], list[str]]:
-        """The two tokens, and what should be said of them."""
-        notes: list[str] = []
-        best = self.likeliest(self.clean, 2).tolist()
-        chosen = self._first(target, notes) if target else None
-        other = self._first(against, notes) if against else None
-        if chosen is None:
-            chosen = next(token for token in best if token != other)
-        if other is None:
-            other = next(token for token in best if token != chosen)
-        if chosen == other:
-            (same,) = self.lm.token_strings([chosen])
-            raise AttributionError(f"{target!r} and {against!r} both begin with the token {same!r}: give two others")
-        return [chosen, other], notes
-
-    def _first(self, text: str, notes: list[str]) -> int:
+    def _first(self, text: str | int, notes: list[str]) -> int:
+        if isinstance(text, int):
+            return text
         ids = self.lm.tokenizer(text, add_special_tokens=False).input_ids
         if not ids:
             raise AttributionError(f"{text!r} holds no token: give a word, with the space before it")

@@ -220,7 +220,9 @@ def test_without_a_target_the_likeliest_token_stands_against_the_next(lm: Langua
 
 def test_of_a_target_of_several_tokens_the_first_counts_and_that_is_said(lm: LanguageModel) -> None:
     ids = lm.tokenizer(" bridges of rivers").input_ids
-    found = Trace(reader_at(lm, "resid_post", 2), PROMPT).attribute(" bridges of rivers", " dog")
+    trace = Trace(reader_at(lm, "resid_post", 2), PROMPT)
+    found = trace.attribute(" bridges of rivers", " dog")
+    assert trace.attribute(found.target.id, found.against.id).difference == found.difference
     assert len(ids) > 1
     assert found.target.id == ids[0]
     assert f"has {len(ids)} tokens: the first, {found.target.token!r}, stands for it" in found.notes[0]
