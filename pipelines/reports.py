@@ -51,7 +51,8 @@ def show_answer(found: Answer) -> None:
         _show_why(found.compared)
         out.print("\nfeatures of both prompts, all tokens together", style="bold")
         rows = [
-            (f.feature, f"{f.left:+.3f}", f"{f.right:+.3f}", "stays" if f.stays else "", doubted(f.label, f.beats_control))
+            (f.feature, f"{f.left:+.3f}", f"{f.right:+.3f}", "stays" if f.stays else "",
+             doubted(f.label, f.beats_control))
             for f in found.features
         ]  # fmt: skip
         out.print(table(("feature", "first", "second", "", "label"), rows))
@@ -64,8 +65,9 @@ def _show_why(why: Why) -> None:
     one, other = why.target, why.against
     out.print(
         f"{one.token!r} ({one.probability:.2%}) against {other.token!r} ({other.probability:.2%}): "
-        f"{why.difference:+.3f} logits\n= {why.of_features:+.3f} from {why.n_active:,} features {why.of_error:+.3f} from "
-        f"what they miss {why.base:+.3f} from elsewhere {why.rest:+.3f} beyond the first order", markup=False,
+        f"{why.difference:+.3f} logits\n= {why.of_features:+.3f} from {why.n_active:,} features "
+        f"{why.of_error:+.3f} from what they miss {why.base:+.3f} from elsewhere "
+        f"{why.rest:+.3f} beyond the first order", markup=False,
     )  # fmt: skip
     rows = [
         (c.position, repr(c.token), c.feature, c.act, f"{c.attribution:+.3f}", f"{c.ablation:+.3f}",

@@ -4,4 +4,6 @@
     answer       the same with labels, as the command line, the API and the page tell it
     tasks        prompts that ask for one ability, as data
     agreement    does an attribution say what an ablation does?
+
+`answer` and `tasks` are light to import; the others bring torch.
 """

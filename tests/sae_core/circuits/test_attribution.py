@@ -10,33 +10,16 @@ from torch import Tensor, nn
 
 from sae_core.circuits import attribution
 from sae_core.circuits.attribution import Attribution, AttributionError, Change, Trace, compared
-from sae_core.dictionary import Dictionary
 from sae_core.language_model import LanguageModel, ModelError
 from sae_core.names import Hook, Site
 from sae_core.prompt_reader import PromptError, PromptReader
 from sae_core.steering import Steer, Steering
 from sae_core.study import ModelSettings
 
-D_MODEL, D_SAE = 32, 64
+D_SAE = 64
+ReaderAt = Callable[..., PromptReader]
 PROMPT = "The old bridge rose over the river."
 SITES: list[tuple[Hook, int]] = [("resid_pre", 0), ("mlp_out", 1), ("attn_out", 2), ("resid_post", 2)]
-
-
-@pytest.fixture(scope="module")
-def lm(tiny_model: Path) -> LanguageModel:
-    return LanguageModel.load(ModelSettings(source=str(tiny_model)), precision="float32")
-
-
-def random_dictionary(**config: object) -> Dictionary:
-    rng = torch.Generator().manual_seed(0)
-    W_enc = torch.randn(D_MODEL, D_SAE, generator=rng)
-    W_dec = nn.functional.normalize(torch.randn(D_SAE, D_MODEL, generator=rng), dim=1)
-    b_enc, b_dec = torch.full((D_SAE,), -0.2), 0.1 * torch.randn(D_MODEL, generator=rng)
-    return Dictionary(W_enc, b_enc, W_dec, b_dec, torch.full((D_SAE,), 0.1), {"architecture": "batch_top_k", **config})
-
-
-def reader_at(lm: LanguageModel, hook: Hook, layer: int, sink_norm: float = 1e9, **config: object) -> PromptReader:
-    return PromptReader(lm, random_dictionary(**config), hook, layer, 32, sink_norm)
 
 
 def difference(lm: LanguageModel, found: Attribution, site: tuple[Hook, int], ids: Tensor, x: Tensor) -> float:
@@ -49,7 +32,7 @@ def difference(lm: LanguageModel, found: Attribution, site: tuple[Hook, int], id
 @pytest.mark.parametrize("sunk", [False, True])
 @pytest.mark.parametrize("site", SITES)
 def test_features_and_error_add_up_to_the_finite_difference(
-    lm: LanguageModel, site: tuple[Hook, int], sunk: bool
+    lm: LanguageModel, reader_at: ReaderAt, site: tuple[Hook, int], sunk: bool
 ) -> None:
     trace = Trace(reader_at(lm, *site), PROMPT)
     if sunk:
@@ -66,7 +49,9 @@ def test_features_and_error_add_up_to_the_finite_difference(
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_an_attribution_is_the_beginning_of_what_an_ablation_does(lm: LanguageModel, site: tuple[Hook, int]) -> None:
+def test_an_attribution_is_the_beginning_of_what_an_ablation_does(
+    lm: LanguageModel, reader_at: ReaderAt, site: tuple[Hook, int]
+) -> None:
     trace, h = Trace(reader_at(lm, *site), PROMPT), 0.02
     found = trace.attribute()
     for place in found.top(5).tolist():
@@ -79,7 +64,7 @@ def test_an_attribution_is_the_beginning_of_what_an_ablation_does(lm: LanguageMo
         assert node.attribution == pytest.approx(slope / (2 * h), rel=0.03, abs=0.005)
 
 
-def test_where_the_rest_of_the_model_is_linear_everything_is_known(tiny_model: Path) -> None:
+def test_where_the_rest_of_the_model_is_linear_everything_is_known(tiny_model: Path, reader_at: ReaderAt) -> None:
     lm = LanguageModel.load(ModelSettings(source=str(tiny_model)), precision="float32")
     lm.model.model.norm = nn.Identity()  # from the last layer on there is the unembedding, and nothing else
     trace = Trace(reader_at(lm, "resid_post", 3), PROMPT)
@@ -98,7 +83,7 @@ def test_where_the_rest_of_the_model_is_linear_everything_is_known(tiny_model: P
     torch.testing.assert_close(trace.ablated(found, top), found.values[top], atol=1e-3, rtol=1e-3)
 
 
-def test_integrated_gradients_leave_hardly_any_rest(lm: LanguageModel) -> None:
+def test_integrated_gradients_leave_hardly_any_rest(lm: LanguageModel, reader_at: ReaderAt) -> None:
     trace = Trace(reader_at(lm, "mlp_out", 1), PROMPT)  # the residual stream goes around it, so the way is smooth
     plain, integrated = trace.attribute(), trace.attribute(steps=32)
     assert abs(plain.rest) > 0.1
@@ -106,7 +91,9 @@ def test_integrated_gradients_leave_hardly_any_rest(lm: LanguageModel) -> None:
     assert integrated.difference == plain.difference
 
 
-def test_ablation_is_what_a_hook_by_hand_does(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ablation_is_what_a_hook_by_hand_does(
+    lm: LanguageModel, reader_at: ReaderAt, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trace = Trace(reader_at(lm, "resid_post", 1), PROMPT)
     found = trace.attribute()
     places = found.top(6)
@@ -128,7 +115,7 @@ def test_ablation_is_what_a_hook_by_hand_does(lm: LanguageModel, monkeypatch: py
     torch.testing.assert_close(trace.ablated(found, places), effects, atol=1e-4, rtol=1e-3)
 
 
-def test_what_a_transcoder_reads_is_attributed_where_it_writes(lm: LanguageModel) -> None:
+def test_what_a_transcoder_reads_is_attributed_where_it_writes(lm: LanguageModel, reader_at: ReaderAt) -> None:
     reader = reader_at(lm, "mlp_in", 1, architecture="transcoder", writes="mlp_out", writes_layer=1)
     trace, h = Trace(reader, PROMPT), 0.01
     found = trace.attribute()
@@ -137,14 +124,15 @@ def test_what_a_transcoder_reads_is_attributed_where_it_writes(lm: LanguageModel
     torch.testing.assert_close(acts[found.acts.row, found.acts.feature], found.acts.value)
     torch.testing.assert_close(trace.x, written[0])
     up, down = (
-        difference(lm, found, ("mlp_out", 1), trace.ids, trace.base + (1 + s) * (trace.x - trace.base))
-        for s in (h, -h)
+        difference(lm, found, ("mlp_out", 1), trace.ids, trace.base + (1 + s) * (trace.x - trace.base)) for s in (h, -h)
     )
     assert found.of_features + found.of_error == pytest.approx((up - down) / (2 * h), rel=0.03, abs=0.005)
 
 
 @pytest.mark.parametrize("position", [None, 3])
-def test_a_clamped_feature_gives_the_logits_of_steering(lm: LanguageModel, position: int | None) -> None:
+def test_a_clamped_feature_gives_the_logits_of_steering(
+    lm: LanguageModel, reader_at: ReaderAt, position: int | None
+) -> None:
     trace = Trace(reader_at(lm, "resid_post", 1), PROMPT)
     feature, maxima = int(trace.acts.feature[trace.acts.row == 3][0]), torch.ones(D_SAE)
     steering = Steering(
@@ -160,7 +148,7 @@ def test_a_clamped_feature_gives_the_logits_of_steering(lm: LanguageModel, posit
     assert not torch.allclose(changed, trace.clean, atol=1e-3)
 
 
-def test_attention_sinks_have_no_features_and_stay_as_they_are(lm: LanguageModel) -> None:
+def test_attention_sinks_have_no_features_and_stay_as_they_are(lm: LanguageModel, reader_at: ReaderAt) -> None:
     plain = Trace(reader_at(lm, "resid_post", 2), PROMPT)
     norms = plain.x.norm(dim=1)
     bound = float(norms.median())
@@ -176,7 +164,7 @@ def test_attention_sinks_have_no_features_and_stay_as_they_are(lm: LanguageModel
     torch.testing.assert_close(trace.changed([Change(1, 9.0, sink)]), trace.clean, atol=1e-4, rtol=1e-4)
 
 
-def test_sums_by_token_and_by_feature_are_those_of_a_dense_table(lm: LanguageModel) -> None:
+def test_sums_by_token_and_by_feature_are_those_of_a_dense_table(lm: LanguageModel, reader_at: ReaderAt) -> None:
     trace = Trace(reader_at(lm, "resid_post", 2), PROMPT)
     found = trace.attribute()
     dense = torch.zeros(len(trace.x), D_SAE)
@@ -188,7 +176,7 @@ def test_sums_by_token_and_by_feature_are_those_of_a_dense_table(lm: LanguageMod
     assert torch.equal(largest, found.values.abs().sort(descending=True).values[:10])
 
 
-def test_of_two_prompts_each_features_voice_in_both_is_told(lm: LanguageModel) -> None:
+def test_of_two_prompts_each_features_voice_in_both_is_told(lm: LanguageModel, reader_at: ReaderAt) -> None:
     reader = reader_at(lm, "resid_post", 2)
     left, right = (Trace(reader, text).attribute(" the", " dog") for text in (PROMPT, "The old planet turns around."))
     rows = compared(left, right, 8)
@@ -204,7 +192,7 @@ def test_of_two_prompts_each_features_voice_in_both_is_told(lm: LanguageModel) -
     assert not any(row.stays for row in compared(left, inverted, 5))
 
 
-def test_without_a_target_the_likeliest_token_stands_against_the_next(lm: LanguageModel) -> None:
+def test_without_a_target_the_likeliest_token_stands_against_the_next(lm: LanguageModel, reader_at: ReaderAt) -> None:
     trace = Trace(reader_at(lm, "resid_post", 2), PROMPT)
     first, second = lm.logits(trace.ids)[0, -1].topk(2).indices.tolist()
     found = trace.attribute()
@@ -218,7 +206,9 @@ def test_without_a_target_the_likeliest_token_stands_against_the_next(lm: Langua
     assert trace.attribute(against=" dog").target.id == first
 
 
-def test_of_a_target_of_several_tokens_the_first_counts_and_that_is_said(lm: LanguageModel) -> None:
+def test_of_a_target_of_several_tokens_the_first_counts_and_that_is_said(
+    lm: LanguageModel, reader_at: ReaderAt
+) -> None:
     ids = lm.tokenizer(" bridges of rivers").input_ids
     trace = Trace(reader_at(lm, "resid_post", 2), PROMPT)
     found = trace.attribute(" bridges of rivers", " dog")
@@ -229,7 +219,7 @@ def test_of_a_target_of_several_tokens_the_first_counts_and_that_is_said(lm: Lan
 
 
 def test_a_token_without_probability_is_attributed_and_said(
-    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+    lm: LanguageModel, reader_at: ReaderAt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trace = Trace(reader_at(lm, "resid_post", 2), PROMPT)
     token = lm.tokenizer(" dog").input_ids[0]
@@ -242,7 +232,9 @@ def test_a_token_without_probability_is_attributed_and_said(
         trace.attribute(target=" dog", against=" the")
 
 
-def test_a_prompt_of_one_token_is_attributed_and_one_of_sinks_alone_says_so(lm: LanguageModel) -> None:
+def test_a_prompt_of_one_token_is_attributed_and_one_of_sinks_alone_says_so(
+    lm: LanguageModel, reader_at: ReaderAt
+) -> None:
     found = Trace(reader_at(lm, "resid_post", 2), "a").attribute()
     assert len(found.tokens) == 1
     assert len(found.values) > 0
@@ -267,20 +259,20 @@ def test_a_prompt_of_one_token_is_attributed_and_one_of_sinks_alone_says_so(lm: 
     ],
 )
 def test_what_cannot_be_attributed_is_refused_in_one_line(
-    lm: LanguageModel, ask: Callable[[PromptReader], object], why: str
+    lm: LanguageModel, reader_at: ReaderAt, ask: Callable[[PromptReader], object], why: str
 ) -> None:
     with pytest.raises((AttributionError, PromptError, ModelError), match=why) as refused:
         ask(reader_at(lm, "resid_post", 2))
     assert "\n" not in str(refused.value)
 
 
-def test_a_transcoder_that_does_not_say_what_it_writes_is_refused(lm: LanguageModel) -> None:
+def test_a_transcoder_that_does_not_say_what_it_writes_is_refused(lm: LanguageModel, reader_at: ReaderAt) -> None:
     with pytest.raises(AttributionError, match="does not say which site it writes"):
         Trace(reader_at(lm, "mlp_in", 1, architecture="transcoder"), PROMPT)
 
 
 def test_a_model_that_cannot_be_resumed_is_run_from_the_start(
-    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+    lm: LanguageModel, reader_at: ReaderAt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader = reader_at(lm, "resid_post", 2)
     usual = Trace(reader, PROMPT).attribute()
