@@ -84,13 +84,10 @@ def agreement(prompts: Sequence[OnPrompt], guess: str) -> Agreement:
         for one in prompts
         if len(one.ablation) > 1
     ]  # fmt: skip
-    table = np.array(rows, np.float64).reshape(-1, 3)
-    error = table[:, 0].std(ddof=1) / np.sqrt(len(table)) if len(table) > 1 else np.nan
-    return Agreement(guess, *_means(table[:, 0]), float(error), *_means(table[:, 1:]), len(table))
-
-
-def _means(columns: np.ndarray) -> list[float]:
-    return np.atleast_1d(columns.mean(0)).tolist() if len(columns) else [np.nan] * (columns.ndim)
+    table = np.array(rows, np.float64) if rows else np.full((1, 3), np.nan)
+    correlation, of_size, overlap = table.mean(0).tolist()
+    error = float(table[:, 0].std(ddof=1) / np.sqrt(len(table))) if len(table) > 1 else np.nan
+    return Agreement(guess, correlation, error, of_size, overlap, len(rows))
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:

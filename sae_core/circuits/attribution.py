@@ -35,7 +35,7 @@ from sae_core.errors import MindAtlasError
 from sae_core.prompt_reader import BATCH_TOKENS, PromptReader
 
 MAX_TOKENS = 2048
-"""Of a prompt: what the way back through the model keeps grows with it, to about 3 GB in a model of d_model 576."""
+"""Of a prompt: what the way back through the model keeps grows with it."""
 _UNLIKELY = 1e-5
 """A probability below this is none: what speaks for such a token explains nothing that the model would say."""
 
