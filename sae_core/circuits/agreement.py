@@ -96,4 +96,4 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 def _overlap(guess: np.ndarray, ablation: np.ndarray) -> float:
     best, wanted = (set(np.argsort(-abs(values), kind="stable")[:TOP].tolist()) for values in (guess, ablation))
-    return len(best & wanted)
+    return float(len(best & wanted))

@@ -31,9 +31,8 @@ def test_two_prompts_are_compared_a_feature_is_ablated_and_a_link_shares_it(page
     ablation = page.locator("[data-answer='0'] tbody tr").first.locator("td").nth(5).inner_text()
     ablate.press("Enter")
     expect(page.locator("#effect")).to_contain_text("goes from")
-    before, after = (
-        float(x.replace("−", "-")) for x in re.findall(r"[+−][\d.]+", page.locator("#effect").inner_text())
-    )
+    said = page.locator("#effect").inner_text().replace("−", "-")
+    before, after = map(float, re.findall(r"[+-]\d+\.\d+", said))
     assert before - after == pytest.approx(float(ablation.replace("−", "-")), abs=0.002)
     rows = page.locator("#what-if tbody tr").all_inner_texts()
     assert len(rows) >= 10

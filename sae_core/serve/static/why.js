@@ -96,6 +96,7 @@ function section(why, most, which) {
     + `${shown(why.against.token)} (${percent(why.against.probability)}): ${signed(why.difference)} logits`;
   made.querySelector(".sums").textContent = `${signed(why.of_features)} from ${why.n_active} features that fire, `
     + `${signed(why.of_error)} from what they miss, ${signed(why.base)} from elsewhere, ${signed(why.rest)} beyond the first order`;
+  if (which) made.querySelector("thead th:last-child").remove();
   rows.replaceChildren(...why.causes.map((cause) => causeLine(cause, which)));
   heat.replaceChildren(...why.tokens.map((token, place) => heatToken(token, place, most)));
   heat.addEventListener("click", (event) => {
@@ -125,7 +126,7 @@ function heatToken(token, place, most) {
 }
 
 function causeLine(cause, which) {
-  const acts = element("td");
+  const acts = element("td"), more = which === 0 ? [acts] : []; // what if: of the first prompt
   if (which === 0) {
     for (const [text, strength] of [["Ablate", 0], ["Clamp", 1]]) {
       const button = element("button", text);
@@ -138,7 +139,7 @@ function causeLine(cause, which) {
   }
   const made = line(
     cause.position, shown(cause.token), head(featureLink(cause.feature, cause.label, cause.beats_control)), number(cause.act, false),
-    number(cause.share === null ? null : cause.share, false), number(cause.attribution), number(cause.ablation), acts,
+    cell(cause.share === null ? "–" : percent(cause.share)), number(cause.attribution), number(cause.ablation), ...more,
   );
   made.children[0].className = "right";
   made.dataset.at = cause.position;
@@ -231,16 +232,17 @@ function featureLink(feature, label, beatsControl) {
   return made;
 }
 
-function number(value, sign = true) {
-  const made = element("td", value === null ? "–" : sign ? signed(value) : String(Number(value.toPrecision(3))));
-  made.className = "right";
+function cell(text, shade = "") {
+  const made = element("td", text);
+  made.className = `right ${shade}`;
   return made;
 }
 
+const number = (value, sign = true) => cell(sign ? signed(value) : String(Number(value.toPrecision(3))));
+
 function shaded(probability) {
-  const made = element("td", percent(probability)), step = Math.ceil(SHADES * probability);
-  made.className = step > 0 ? `right a a${Math.min(SHADES, step)}` : "right";
-  return made;
+  const step = Math.ceil(SHADES * probability);
+  return cell(percent(probability), step > 0 ? `a a${Math.min(SHADES, step)}` : "");
 }
 
 const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(3)}`;
