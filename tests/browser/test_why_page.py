@@ -16,7 +16,7 @@ def done(page: Page, status: str | re.Pattern[str] = "Done.") -> None:
 def ask(page: Page, prompt: str = "The old bridge", compare: str = "") -> None:
     page.goto("/why")
     page.get_by_label("Prompt what").fill(prompt)
-    page.get_by_label("Second prompt").fill(compare)
+    page.get_by_role("textbox", name="Second prompt").fill(compare)
     page.get_by_label("Prompt what").press("Control+Enter")
     done(page)
 
@@ -40,7 +40,7 @@ def test_two_prompts_are_compared_a_feature_is_ablated_and_a_link_shares_it(page
     assert parse_qs(link.removeprefix("?"))["h"][0].startswith(f"{number}:0:")
     page.goto(f"/why{link}")
     done(page)
-    expect(page.get_by_label("Second prompt")).to_have_value("The lazy dog")
+    expect(page.get_by_role("textbox", name="Second prompt")).to_have_value("The lazy dog")
     expect(page.locator("#held .n")).to_have_text(number)
     assert page.locator("#what-if tbody tr").all_inner_texts() == rows
 
