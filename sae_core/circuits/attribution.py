@@ -287,7 +287,7 @@ class Trace:
         """
         ids = [found.target.id, found.against.id]
         effects = [torch.empty(0, device=self.x.device)]
-        for some in places.split(max(1, BATCH_TOKENS // len(self.x))):
+        for some in places.split(max(1, BATCH_TOKENS // len(self.x))) if len(places) else ():
             row, feature, act = self.acts.row[some], self.acts.feature[some], self.acts.value[some]
             x = self.x.repeat(len(some), 1, 1)
             x[torch.arange(len(some), device=x.device), row] -= act[:, None] * self.dictionary.W_dec[feature]

@@ -238,7 +238,9 @@ def test_a_prompt_of_one_token_is_attributed_and_one_of_sinks_alone_says_so(
     found = Trace(reader_at(lm, "resid_post", 2), "a").attribute()
     assert len(found.tokens) == 1
     assert len(found.values) > 0
-    sunk = Trace(reader_at(lm, "resid_post", 2, sink_norm=0.0), "a").attribute()
+    trace = Trace(reader_at(lm, "resid_post", 2, sink_norm=0.0), "a")
+    sunk = trace.attribute()
+    assert len(trace.ablated(sunk, sunk.top(10))) == 0
     assert len(sunk.values) == 0
     assert sunk.of_features == sunk.of_error == 0
     assert sunk.base == pytest.approx(sunk.difference, abs=1e-5)
