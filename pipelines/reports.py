@@ -7,8 +7,9 @@ from typing import IO, Any
 
 import click
 
-from pipelines.console import out, print_json, table
+from pipelines.console import doubted, out, print_json, table
 from sae_core.artifacts import Made, write_atomically
+from sae_core.circuits.answer import Answer, Why
 from sae_core.errors import MindAtlasError
 from sae_core.labels.reader import doubted
 from sae_core.prompt_search import Contrast
@@ -44,6 +45,40 @@ def show_rows(rows: Sequence[Any]) -> None:
     for row in told:
         row["label"] = doubted(row["label"], row.pop("beats_control"))
     out.print(table([*told[0]], [[*row.values()] for row in told]) if told else "no feature fires")
+
+
+def show_answer(found: Answer) -> None:
+    """Why a token is preferred: sums, features at tokens; for two prompts, what stays."""
+    _show_why(found.why)
+    if found.compared:
+        out.print()
+        _show_why(found.compared)
+        out.print("\nfeatures of both prompts, all tokens together", style="bold")
+        rows = [
+            (f.feature, f"{f.left:+.3f}", f"{f.right:+.3f}", "stays" if f.stays else "",
+             doubted(f.label, f.beats_control))
+            for f in found.features
+        ]  # fmt: skip
+        out.print(table(("feature", "first", "second", "", "label"), rows))
+
+
+def _show_why(why: Why) -> None:
+    out.print(why.prompt, style="bold", markup=False)
+    for note in why.notes:
+        out.print(f"note: {note}", markup=False)
+    one, other = why.target, why.against
+    out.print(
+        f"{one.token!r} ({one.probability:.2%}) against {other.token!r} ({other.probability:.2%}): "
+        f"{why.difference:+.3f} logits\n= {why.of_features:+.3f} from {why.n_active:,} features "
+        f"{why.of_error:+.3f} from what they miss {why.base:+.3f} from elsewhere "
+        f"{why.rest:+.3f} beyond the first order", markup=False,
+    )  # fmt: skip
+    rows = [
+        (c.position, repr(c.token), c.feature, c.act, f"{c.attribution:+.3f}", f"{c.ablation:+.3f}",
+         doubted(c.label, c.beats_control))
+        for c in why.causes
+    ]  # fmt: skip
+    out.print(table(("at", "token", "feature", "activation", "attribution", "ablation", "label"), rows))
 
 
 def show_report(made: Made, json_: bool) -> None:

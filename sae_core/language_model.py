@@ -295,6 +295,17 @@ class LanguageModel:
         """Next-token logits in the model's precision; arguments and errors as in `capture`."""
         return self._run(self.model, token_ids, segments).logits
 
+    def last_logits(self, token_ids: Int[Tensor, "batch length"], count: int = 1) -> Float[Tensor, "batch count vocab"]:
+        """Logits after the last tokens of each row, float32; differentiable in what an edit puts in.
+
+        Raises ModelError when the rows exceed the model's context.
+        """
+        head = self.model.get_output_embeddings()
+        with ExitStack() as stack:
+            # Rows cut out of longer ones would be multiplied one by one, each with the whole embedding.
+            stack.callback(head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(),)).remove)
+            return self.model(**self._inputs(token_ids), logits_to_keep=count).logits.float()
+
     @torch.no_grad()
     def unembedding(self) -> Float[Tensor, "d_model vocab"]:
         """Logit lens, float32: the output embedding with the final norm's gain folded in.

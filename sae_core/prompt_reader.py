@@ -102,12 +102,17 @@ class PromptReader:
         """The texts, tokenized and cut. Raises PromptError for a text without a token."""
         found = []
         for number, text in enumerate(texts):
-            ids = self.lm.tokenizer(_readable(text), add_special_tokens=False).input_ids
-            if not ids:
+            if not (ids := self._tokens(text)):
                 raise PromptError(f"text {number + 1} holds no token: {text!r:.60}; take it out")
             step = self.window_tokens
             found += [Window(number, at, ids[at : at + step]) for at in range(0, len(ids), step)]
         return found
+
+    def ids(self, prompt: str) -> list[int]:
+        """One prompt, uncut. Raises PromptError when it holds no token."""
+        if not (ids := self._tokens(prompt)):
+            raise PromptError(f"the prompt {prompt!r} holds no token: give some text")
+        return ids
 
     def read(self, windows: Sequence[Window]) -> Iterator[list[WindowActs]]:
         """Activations of the windows, a batch at a time, windows of like length together.
@@ -160,6 +165,9 @@ class PromptReader:
         values[torch.cat([w.is_sink for w in windows])] = 0
         strings = self.lm.token_strings([token for w in windows for token in w.window.ids])
         return strings, values.cpu().numpy()
+
+    def _tokens(self, text: str) -> list[int]:
+        return list(self.lm.tokenizer(_readable(text), add_special_tokens=False).input_ids)
 
     def _of_window(self, window: Window, row: torch.Tensor) -> WindowActs:
         first = len(self.start)

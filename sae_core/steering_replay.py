@@ -49,7 +49,4 @@ class Replay:
                 stack.enter_context(lm.resumed(self._subject.site.layer, acts))
             if steering is not None:
                 stack.enter_context(steering.applied(lm))
-            # Rows cut out of longer ones would be multiplied one by one, each with the whole embedding.
-            head = lm.model.get_output_embeddings()
-            stack.callback(head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(),)).remove)
-            return lm.model(ids, use_cache=False, logits_to_keep=looked_at).logits.float()
+            return lm.last_logits(ids, looked_at)

@@ -9,6 +9,7 @@
     api         the JSON API (`/api/openapi.json`)
     live        the language model, one for all: who asks takes turns (`turns`, `streams`)
     steer       the steering page
+    why         what the next token owes to features, and what follows without them
     contrast    two sets of prompts, told apart
     labeling    labels of chosen features, written by a process of its own
     reports     the safety audit and the multilingual report, where they were made

@@ -17,7 +17,7 @@ from sae_core.atlas import SearchError
 from sae_core.errors import MindAtlasError
 from sae_core.features.reader import FeatureError
 from sae_core.names import SlugError
-from sae_core.serve import api, contrast, labeling, pages, reports, steer
+from sae_core.serve import api, contrast, labeling, pages, reports, steer, why
 from sae_core.serve.door import LOOPBACK, Door
 from sae_core.serve.live import Live, LiveError
 from sae_core.serve.map import router as map_router
@@ -80,6 +80,7 @@ def create_app(
     app.include_router(reports.router)
     app.include_router(contrast.router)
     app.include_router(labeling.router)
+    app.include_router(why.router)
     app.include_router(api.router)
     app.include_router(monitor_api(shelf, live))
     app.include_router(openai_api(shelf.atlas, live, presets))

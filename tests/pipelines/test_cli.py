@@ -91,6 +91,18 @@ def test_features_are_found_shown_and_explained(home: Path):
     assert "activation" in run("explain", "the old bridge", home=home, check=True).stdout
 
 
+def test_why_tells_features_of_two_prompts_and_what_their_ablation_does(home: Path):
+    command = ("why", "The old bridge", "--target", " the", "--against", " river bank", "--compare", "The lazy dog")
+    told = json.loads(run(*command, "--limit", "3", "--json", home=home, check=True).stdout)
+    assert [cause["ablation"] is not None for cause in told["why"]["causes"]] == [True] * 3
+    assert told["compared"]["target"]["token"] == told["why"]["target"]["token"]
+    assert len(told["features"]) == 3
+    shown = run(*command, home=home, check=True).stdout
+    assert "tokens: the first" in shown  # of " river bank"
+    assert shown.count("attribution") == 2
+    assert "features of both prompts" in shown
+
+
 def test_steering_changes_the_answer_and_the_same_seed_repeats_it(home: Path):
     hits = json.loads(run("features", "the", "--json", home=home, check=True).stdout)
     command = ("steer", "--feature", f"{hits[0]['feature']}=10", "--max-tokens", "90", "--json", "Hello :smile: " * 20)
@@ -170,6 +182,8 @@ def test_dictionaries_are_listed_and_pictured(home: Path, tmp_path: Path):
         (("steer", "--feature", "1=ten", "Hi"), "write NUMBER=STRENGTH"),
         (("steer", "--feature", "99999=1", "Hi"), "99999"),
         (("features", " "), "no word to search for"),
+        (("why", ""), "holds no token"),
+        (("why", "The", "--target", " the", "--against", " the"), "both begin with the token"),
         (("label",), "say which: --feature N"),
         (("label", "--dry-run", "--feature", "99999"), "no feature 99999"),
     ],

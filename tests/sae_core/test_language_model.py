@@ -189,6 +189,17 @@ def test_ids_beyond_the_tokenizer_have_no_text(lm: LanguageModel) -> None:
     assert display_strings(lm.tokenizer, len(lm.tokenizer) + 2)[-2:] == ["", ""]
 
 
+def test_logits_of_the_next_token_are_the_last_of_all_and_follow_what_an_edit_puts_in(
+    lm: LanguageModel, ids: torch.Tensor
+) -> None:
+    torch.testing.assert_close(lm.last_logits(ids, 3), lm.logits(ids)[:, -3:], atol=1e-4, rtol=1e-4)
+    x = lm.capture("resid_post", 3, ids).requires_grad_()
+    with lm.edit("resid_post", 3, lambda _: x.clone()):
+        (g,) = torch.autograd.grad(lm.last_logits(ids)[:, -1, 7].sum(), x)
+    assert not g[:, :-1].any()  # after the last layer, only the last token is read
+    assert g[:, -1].abs().min() > 0
+
+
 def test_the_unembedding_is_the_derivative_of_the_logits_up_to_the_norm(lm: LanguageModel, tiny_model: Path) -> None:
     with torch.no_grad():
         lm.model.model.norm.weight.copy_(torch.linspace(0.5, 2, 32))

@@ -1,0 +1,74 @@
+"""Tasks as data: prompts that one token should follow and another should not; one TOML file each.
+
+    name = "capitals"
+    description = "The capital of a country, against another country's."
+    prompts = [["The capital of France is the city of", " Paris", " Rome"]]
+
+A model's features for a task are only looked for in prompts that it gets right.
+"""
+
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import Field, ValidationError
+
+from sae_core.errors import MindAtlasError
+from sae_core.settings import Settings
+
+SHIPPED = Path(__file__).with_name("tasks")
+
+
+class TaskError(MindAtlasError):
+    """A task file that cannot be used; the message names the file, the key and the cure."""
+
+
+class Prompt(NamedTuple):
+    """A text and what should follow it."""
+
+    text: str
+    target: str
+    """Its first token should follow."""
+    against: str
+    """Its first token should not."""
+
+
+class Task(Settings):
+    """Prompts that ask for one ability."""
+
+    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    description: str
+    license: str = ""
+    """Of the prompts."""
+    prompts: list[Prompt] = Field(min_length=1)
+
+
+def load_tasks(folder: Path = SHIPPED, names: Iterable[str] = ()) -> list[Task]:
+    """The tasks of a folder by name; only the `names`, where some are given.
+
+    Raises:
+        TaskError: the folder holds no task, a file is no task, or a name is unknown.
+    """
+    found = {task.name: task for task in map(load_task, sorted(folder.glob("*.toml")))}
+    if not found:
+        raise TaskError(f"{folder} holds no task: put .toml files into it, or name another folder")
+    wanted = sorted(set(names) or found)
+    if unknown := [name for name in wanted if name not in found]:
+        raise TaskError(f"no task {unknown[0]!r}: known are {', '.join(sorted(found))}")
+    return [found[name] for name in wanted]
+
+
+def load_task(path: Path) -> Task:
+    """Read and check one file. Raises TaskError."""
+    try:
+        return Task.model_validate(tomllib.loads(path.read_text("utf-8")))
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise TaskError(f"{path} is not a TOML file in UTF-8: {error}") from None
+    except OSError as error:
+        raise TaskError(f"cannot read {path}: {error.strerror}") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        why = "unknown key: take it out" if problem["type"] == "extra_forbidden" else problem["msg"]
+        raise TaskError(f"{path}: {key}: {why}") from None
