@@ -7,7 +7,7 @@ from typing import IO, Any
 
 import click
 
-from pipelines.console import doubted, out, print_json, table
+from pipelines.console import out, print_json, table
 from sae_core.artifacts import Made, write_atomically
 from sae_core.circuits.answer import Answer, Why
 from sae_core.errors import MindAtlasError
