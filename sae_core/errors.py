@@ -8,6 +8,7 @@ _READ_ONLY = "nothing can be written there: make the folder writable, or set MIN
 _BY_ERRNO = {errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.EROFS: _READ_ONLY}
 _BY_SQLITE = {
     sqlite3.SQLITE_FULL: _FULL,
+    sqlite3.SQLITE_IOERR: f"a database cannot be read or written, perhaps because {_FULL}",
     sqlite3.SQLITE_READONLY: _READ_ONLY,
     sqlite3.SQLITE_BUSY: "another process keeps Dagster's database of runs locked: wait for it, or end it",
 }

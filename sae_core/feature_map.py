@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from jaxtyping import Float32, Int64
 from sklearn.cluster import HDBSCAN
 
@@ -87,9 +88,13 @@ def _umap(
         n_neighbors=near[0].shape[1], n_components=dimensions, min_dist=min_dist, metric="cosine", init=start,
         precomputed_knn=(*near, None), random_state=seed, n_jobs=1,
     )  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "precomputed_knn", UserWarning)  # no transform() of new points: none is made
-        return umap.fit_transform(rows)
+    threads = torch.get_num_threads()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "precomputed_knn", UserWarning)  # no transform() of new points is made
+            return umap.fit_transform(rows)
+    finally:
+        torch.set_num_threads(threads)  # numba gives the process as many as there are cores, and sums round otherwise
 
 
 def _clusters(points: Float32[np.ndarray, "n dimensions"], min_cluster_size: int) -> Int64[np.ndarray, " n"]:

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +60,26 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_layout(buil
     files = [(tmp_path / name / "map.parquet").read_bytes() for name in ("first", "second")]
     assert files[0] == files[1]
     assert not first["x"].equals(other["x"])
+
+
+COUNT_THREADS = """
+import sys, torch
+from pathlib import Path
+from sae_core.feature_map import build_feature_map
+from sae_core.study import FeatureMapSettings
+torch.set_num_threads(1)
+build_feature_map(FeatureMapSettings(), Path(sys.argv[1]), Path(sys.argv[2]))
+print(torch.get_num_threads())
+"""
+
+
+@pytest.mark.skipif(os.cpu_count() == 1, reason="one core: there is no other number of threads")
+def test_what_is_computed_afterwards_has_as_many_threads_as_before(
+    save_dictionary: Callable[[torch.Tensor], Path], tmp_path: Path
+) -> None:
+    """In a process of its own: numba sets the number once."""
+    command = [sys.executable, "-c", COUNT_THREADS, save_dictionary(grouped_rows([20, 20])[0]), tmp_path]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "1\n"
 
 
 @pytest.mark.parametrize("d_sae", [1, 2, 3, 10, 16, 17, 18])
