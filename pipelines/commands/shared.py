@@ -42,10 +42,16 @@ def work(debug: bool) -> Iterator[tuple[Any, str]]:
     """Dagster's record of runs and the level of its log, with progress shown as long as they are open."""
     settle()
     import dagster as dg
+    from filelock import FileLock
 
     from pipelines.console import progress
 
-    with dg.DagsterInstance.get() as instance, progress():
+    with FileLock(
+        Path(os.environ["DAGSTER_HOME"]) / ".dagster.lock"
+    ):  # two that start at once would both make its tables
+        instance = dg.DagsterInstance.get()
+        _ = instance.run_storage, instance.event_log_storage, instance.schedule_storage
+    with instance, progress():
         yield instance, "DEBUG" if debug else "CRITICAL"
 
 
