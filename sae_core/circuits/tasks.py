@@ -7,15 +7,15 @@
 A model's features for a task are only looked for in prompts that it gets right.
 """
 
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from sae_core.errors import MindAtlasError
 from sae_core.settings import Settings
+from sae_core.toml_files import read_toml
 
 SHIPPED = Path(__file__).with_name("tasks")
 
@@ -61,14 +61,4 @@ def load_tasks(folder: Path = SHIPPED, names: Iterable[str] = ()) -> list[Task]:
 
 def load_task(path: Path) -> Task:
     """Read and check one file. Raises TaskError."""
-    try:
-        return Task.model_validate(tomllib.loads(path.read_text("utf-8")))
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise TaskError(f"{path} is not a TOML file in UTF-8: {error}") from None
-    except OSError as error:
-        raise TaskError(f"cannot read {path}: {error.strerror}") from None
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(map(str, problem["loc"]))
-        why = "unknown key: take it out" if problem["type"] == "extra_forbidden" else problem["msg"]
-        raise TaskError(f"{path}: {key}: {why}") from None
+    return read_toml(path, Task, TaskError)

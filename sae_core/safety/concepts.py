@@ -18,17 +18,17 @@ A user's file in a folder of their own is as good as a shipped one, and one of t
 
 import hashlib
 import re
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sae_core.catalog import identify_text
 from sae_core.errors import MindAtlasError
 from sae_core.settings import Settings
 from sae_core.study import SafetySettings, Source
+from sae_core.toml_files import read_toml
 
 SHIPPED = Path(__file__).with_name("concepts")
 Generator = Literal[
@@ -174,20 +174,7 @@ def concepts_of(settings: SafetySettings) -> list[Concept]:
 
 def load_concept(path: Path) -> Concept:
     """Read and check one file; paths in it are taken from its own folder. Raises ConceptError."""
-    try:
-        table = tomllib.loads(path.read_text("utf-8"))
-        return Concept.model_validate(_resolved(table, path.parent))
-    except UnicodeDecodeError:
-        raise ConceptError(f"{path} is not UTF-8: save it as UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConceptError(f"{path} is not a TOML file: {error}") from None
-    except OSError as error:
-        raise ConceptError(f"cannot read {path}: {error.strerror}") from None
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(map(str, problem["loc"]))
-        why = "unknown key: take it out" if problem["type"] == "extra_forbidden" else problem["msg"]
-        raise ConceptError(f"{path}: {key}: {why.removeprefix('Value error, ')}") from None
+    return read_toml(path, Concept, ConceptError, lambda table: _resolved(table, path.parent))
 
 
 def _resolved(value: Any, folder: Path) -> Any:
