@@ -46,9 +46,8 @@ def work(debug: bool) -> Iterator[tuple[Any, str]]:
 
     from pipelines.console import progress
 
-    with FileLock(
-        Path(os.environ["DAGSTER_HOME"]) / ".dagster.lock"
-    ):  # two that start at once would both make its tables
+    # Two that start at once would both make its tables, and one of them fail.
+    with FileLock(Path(os.environ["DAGSTER_HOME"]) / ".dagster.lock"):
         instance = dg.DagsterInstance.get()
         _ = instance.run_storage, instance.event_log_storage, instance.schedule_storage
     with instance, progress():
