@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sae_core.activations import harvest
-from sae_core.activations.harvest import BATCH_TOKENS
+from sae_core.activations.passes import BATCH_TOKENS
 from sae_core.language_model import LanguageModel
 from sae_core.study import ActivationSettings, ModelSettings
 

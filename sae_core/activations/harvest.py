@@ -6,69 +6,27 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Protocol, get_args, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Float32, Float64, Int
-from safetensors.torch import load_file, save_file
+from jaxtyping import Float, Float32, Float64
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_core.activations.elsewhere import DIGEST, ELSEWHERE, Elsewhere
 from sae_core.activations.encoding import ActivationError, decode, encode, row_bytes
-from sae_core.activations.shards import (
-    RERUN,
-    STATISTICS,
-    Shard,
-    Split,
-    Totals,
-    permutation,
-    shard_name,
-    square_error,
-)
+from sae_core.activations.passes import SPLITS, Part, load_model, parts_of, run_model, specials
+from sae_core.activations.shards import RERUN, STATISTICS, Shard, Totals, shard_name, square_error
 from sae_core.artifacts import require_space, write_atomically
-from sae_core.corpus.packing import kept_apart
-from sae_core.language_model import LanguageModel, places
+from sae_core.language_model import LanguageModel
 from sae_core.progress import Report, silent
 from sae_core.study import ActivationSettings, ModelSettings
 
-BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
-"""Tokens a forward pass at most, by kind of device; see benchmarks/harvest.py. Fewer where a GPU's memory ends."""
-SPLITS: tuple[Split, ...] = get_args(Split)
 PLACE_BYTES = 13
 """What a row has beside its activation: block, offset and token of 4 bytes each, and the sink mark."""
 _CHUNK = 1024
 """Rows compared at a time."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one shard is made from; the text stays on disk until it is asked for."""
-
-    split: Split
-    number: int
-    blocks: Int[Tensor, " blocks"]
-    """Which of the split's blocks."""
-    text: dict[str, Int[Tensor, "n_blocks length"]]
-    """The whole split, memory-mapped."""
-
-    @property
-    def name(self) -> str:
-        return shard_name(self.split, self.number)
-
-    @property
-    def token_ids(self) -> Int[Tensor, "blocks length"]:
-        return self.text["token_ids"][self.blocks]
-
-    @property
-    def documents(self) -> Int[Tensor, "blocks length"]:
-        return self.text["documents"][self.blocks]
-
-    @cached_property
-    def n_tokens(self) -> int:
-        return int((self.documents >= 0).sum())
 
 
 class Plan(NamedTuple):
@@ -86,14 +44,6 @@ class Plan(NamedTuple):
     def lacking(self, name: str) -> list["Plan"]:
         """This one and the others, but for those that have the shard of that name."""
         return [plan for plan in (self, *self.others) if not (plan.folder / name).exists()]
-
-
-def load_model(sites: Sequence[ActivationSettings], model: ModelSettings, device: str) -> LanguageModel:
-    """The model as it is run to read these sites, which differ in hook and layer alone."""
-    lm = LanguageModel.load(model, device, sites[0].precision)
-    if sites[0].compiled:
-        lm.compile({site.layer for site in sites})
-    return lm
 
 
 class Worker:
@@ -190,7 +140,7 @@ def harvest(
     worker = Worker(_begun(Plan(settings, model, corpus, folder, elsewhere, beside)), device)
     plan, parts, done = worker.plan, worker.parts, 0
     estimate = _check(plan, worker.lm, parts)
-    specials = sum(int(_specials(settings, worker.lm, part).sum()) for part in parts)
+    n_specials = sum(int(specials(settings, worker.lm, part).sum()) for part in parts)
     told = functools.partial(_tell, report, sum(part.n_tokens for part in parts), estimate / 1e9)
     for place in (plan, *plan.others):
         if place.elsewhere:
@@ -211,7 +161,7 @@ def harvest(
         with write_atomically(folder / RERUN) as path:
             path.write_text(json.dumps(said | {"corpus": os.path.relpath(corpus, folder)}, indent=1), "utf-8")
     away = {"bytes_elsewhere": Elsewhere(plan.elsewhere).bytes()} if plan.elsewhere else {}
-    return _finish(folder, parts, specials) | away | {"estimated_bytes": estimate}
+    return _finish(folder, parts, n_specials) | away | {"estimated_bytes": estimate}
 
 
 def _begun(plan: Plan) -> Plan:
@@ -225,15 +175,6 @@ def _begun(plan: Plan) -> Plan:
 
 def _tell(report: Report, total: int, gigabytes: float, before: int, done: int) -> None:
     report(before + done, total, "tokens", gigabytes=gigabytes)
-
-
-def parts_of(settings: ActivationSettings, split: Split, corpus: Path) -> Iterator[Part]:
-    """Deal the blocks out to shards, in an order that the seed decides."""
-    text = load_file(corpus / f"{split}.safetensors")  # memory-mapped: a corpus may be larger than memory
-    n_blocks, length = text["token_ids"].shape
-    order = permutation(n_blocks, settings.seed, split == "held_out", 0)
-    for number, chosen in enumerate(order.split(max(1, settings.shard_tokens // length)) if n_blocks else ()):
-        yield Part(split, number, chosen, text)
 
 
 def _check(plan: Plan, lm: LanguageModel, parts: list[Part]) -> int:
@@ -255,83 +196,6 @@ def _check(plan: Plan, lm: LanguageModel, parts: list[Part]) -> int:
         needed += sum(missing) * here + waiting + len(missing) * head
     require_space(plan.folder, needed)
     return sum(part.n_tokens for part in parts) * (row + PLACE_BYTES) + len(parts) * head
-
-
-def run_model(
-    sites: Sequence[ActivationSettings], lm: LanguageModel, part: Part, advance: Callable[[int], None] = lambda n: None
-) -> list[tuple[Shard, Float32[Tensor, " tokens"]]]:
-    """The part's activations and their norms, in shuffled order; marked are the sinks that are so whatever their norm.
-
-    So at each of the sites, which differ in hook and layer alone, from one pass of the model.
-
-    Raises ActivationError when an activation is not finite, or a single block does not fit into the GPU's memory.
-    """
-    settings, token_ids, documents = sites[0], part.token_ids, part.documents
-    real = documents >= 0
-    place = permutation(part.n_tokens, settings.seed, part.split == "held_out", 1 + part.number)
-    acts = [torch.empty(len(place), lm.d_model, dtype=getattr(torch, settings.precision)) for _ in sites]
-    norms, done = [torch.empty(len(place)) for _ in sites], 0
-    segments = kept_apart(documents, settings.packing)
-    for rows, found in _in_batches(sites, lm, token_ids, segments):
-        kept = real[rows]
-        to = place[done : done + int(kept.sum())]
-        for site, x, into, lengths in zip(sites, found, acts, norms, strict=True):
-            into[to] = x = x.cpu()[kept]
-            lengths[to] = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
-            if not lengths[to].isfinite().all():
-                raise _not_finite(site, part, rows)
-        done += len(to)
-        advance(done)
-    block, offset = real.nonzero().unbind(1)
-
-    def shuffled(column: Tensor) -> Tensor:
-        return torch.empty_like(place, dtype=torch.int32).index_copy_(0, place, column.int())
-
-    attended = torch.zeros_like(documents) if segments is None else segments
-    out = (_specials(settings, lm, part) | (places(attended) < settings.sink_positions))[real]
-    places_of = shuffled(part.blocks[block]), shuffled(offset), shuffled(token_ids[real]), shuffled(out).bool()
-    return [(Shard(x, *places_of), lengths) for x, lengths in zip(acts, norms, strict=True)]
-
-
-def _in_batches(
-    sites: Sequence[ActivationSettings],
-    lm: LanguageModel,
-    token_ids: Int[Tensor, "blocks length"],
-    segments: Int[Tensor, "blocks length"] | None,
-) -> Iterator[tuple[slice, list[Float[Tensor, "batch length d_model"]]]]:
-    """Activations of a few blocks at a time: of half as many whenever the GPU's memory does not hold them."""
-    wanted = [(site.hook, site.layer) for site in sites]
-    at, batch = 0, min(len(token_ids), max(1, BATCH_TOKENS[lm.device.type] // token_ids.shape[1]))
-    while at < len(token_ids):
-        rows = slice(at, at + batch)
-        try:
-            found = lm.capture_many(wanted, token_ids[rows], None if segments is None else segments[rows])
-        except torch.cuda.OutOfMemoryError:
-            if batch == 1:
-                raise ActivationError(
-                    f"a block of {token_ids.shape[1]} tokens does not fit into the GPU's memory beside the model: "
-                    "give fewer corpus.block_tokens, or a smaller model"
-                ) from None
-            batch //= 2
-            continue
-        yield rows, found
-        at += batch
-
-
-def _specials(settings: ActivationSettings, lm: LanguageModel, part: Part) -> Bool[Tensor, "blocks length"]:
-    """The special tokens that are left out."""
-    if settings.special_tokens == "keep":
-        return torch.zeros_like(part.documents, dtype=torch.bool)
-    return lm.is_special(part.token_ids, places(part.documents)) & (part.documents >= 0)
-
-
-def _not_finite(settings: ActivationSettings, part: Part, rows: slice) -> ActivationError:
-    cure = '"bfloat16" or "float32"' if settings.precision == "float16" else '"float32"'
-    blocks = part.blocks[rows].tolist()
-    return ActivationError(
-        f"{part.name}: NaN or infinity in the activations of {part.split} blocks {', '.join(map(str, blocks))}: "
-        f"set activations.precision = {cure}, or read another layer"
-    )
 
 
 def _write(
@@ -369,7 +233,7 @@ def _square_error(shard: Shard, kept: Float[Tensor, "tokens d_model"]) -> Float6
     return torch.cat(norms).double().square().sum()[None]
 
 
-def _finish(folder: Path, parts: list[Part], specials: int) -> dict[str, int | float]:
+def _finish(folder: Path, parts: list[Part], n_specials: int) -> dict[str, int | float]:
     """Write the train split's statistics; return the summary."""
     totals = {part.name: Totals.read(folder / part.name) for part in parts}
     train = [totals[part.name] for part in parts if part.split == "train"]
@@ -385,14 +249,14 @@ def _finish(folder: Path, parts: list[Part], specials: int) -> dict[str, int | f
     variance = float(n_train * (mean_square_norm - mean.square().sum()))
     lost = [error for part in parts if part.split == "train" for error in square_error(folder / part.name)]
     tokens = sum(part.n_tokens for part in parts)
-    sinks = tokens - specials - sum(int(t.n_kept) for t in totals.values())
+    sinks = tokens - n_specials - sum(int(t.n_kept) for t in totals.values())
     return {
         "tokens": tokens,
         "train_tokens": sum(part.n_tokens for part in parts if part.split == "train"),
         "sinks": sinks,
         "sink_share": sinks / tokens,
-        "specials": specials,
-        "special_share": specials / tokens,
+        "specials": n_specials,
+        "special_share": n_specials / tokens,
         "median_norm": float(train[0].median_norm),
         "root_mean_square_norm": float(mean_square_norm.sqrt()),
         "d_model": len(mean),

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_core.activations.encoding import EVERY, Rows
-from sae_core.activations.harvest import load_model, parts_of, run_model
+from sae_core.activations.passes import load_model, parts_of, run_model
 from sae_core.activations.shards import Split
 from sae_core.language_model import LanguageModel
 from sae_core.study import ActivationSettings, ModelSettings
