@@ -121,7 +121,8 @@ class Home:
     def content(self) -> dict[str, Any]:
         """Checksum of every file of every artifact, read from the disk; of what holds times, what it says but for them.
 
-        These are labels, attempts (repeats do not count either) and generations.
+        These are labels, attempts (repeats do not count either, and how often a server had to be asked) and
+        generations.
         """
         made = [self.store.get(stage, slug) for stage in VERSIONS for slug in self.store.slugs(stage)]
         files = {f"{m.manifest.key}/{name}": m.folder / name for m in made for name in m.manifest.files}
@@ -138,7 +139,7 @@ class Home:
 
 
 def _timeless(rows: list[dict[str, Any]]) -> set[str]:
-    times = {"seconds": 0, "made_at": "", "cached": False}
+    times = {"seconds": 0, "made_at": "", "cached": False, "requests": 0}
     return {json.dumps(row | {name: times[name] for name in times.keys() & row.keys()}, sort_keys=True) for row in rows}
 
 

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from sae_core.errors import MindAtlasError, message_of
 
 
 def raised(act: Callable[[], object]) -> Exception:
-    with pytest.raises(Exception, match=r"\w") as caught:
+    with pytest.raises(Exception, match=r"\w|^$") as caught:
         act()
     return caught.value
 
@@ -66,3 +67,8 @@ def test_what_a_database_cannot_do_is_said_with_the_cure(tmp_path: Path) -> None
     assert "free some" in message_of(wrapped(raised(full_database)))
     assert "locked" in message_of(wrapped(raised(lambda: locked_database(tmp_path / "a.db"))))
     assert "make the folder writable" in message_of(wrapped(raised(lambda: read_only_database(tmp_path / "b.db"))))
+
+
+@pytest.mark.parametrize("ask", [lambda: bytearray(1 << 62), lambda: torch.empty(1 << 60)])
+def test_memory_that_is_used_up_is_said_with_the_cure(ask: Callable[[], object]) -> None:
+    assert message_of(wrapped(raised(ask))).startswith("memory is used up: end other programs")
