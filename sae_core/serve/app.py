@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import duckdb
@@ -13,13 +13,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from sae_core.artifacts import ArtifactError, ArtifactStore
-from sae_core.atlas import SearchError
+from sae_core.atlas import Atlas, SearchError
 from sae_core.errors import MindAtlasError
 from sae_core.features.reader import FeatureError
 from sae_core.names import SlugError
 from sae_core.serve import api, contrast, labeling, pages, reports, steer, why
 from sae_core.serve.door import LOOPBACK, Door
 from sae_core.serve.live import Live, LiveError
+from sae_core.serve.map import prepare as prepare_map
 from sae_core.serve.map import router as map_router
 from sae_core.serve.monitor_api import monitor_api
 from sae_core.serve.openai_api import Presets, openai_api
@@ -62,7 +63,7 @@ def create_app(
 
     @asynccontextmanager
     async def running(_: FastAPI) -> AsyncIterator[None]:
-        threading.Thread(target=shelf.open_indexes, daemon=True).start()  # pages are there meanwhile
+        threading.Thread(target=_prepare, args=(shelf,), daemon=True).start()  # pages are there meanwhile
         yield
 
     app = FastAPI(
@@ -91,6 +92,13 @@ def create_app(
     for vanished in (FileNotFoundError, duckdb.IOException):
         app.add_exception_handler(vanished, _vanished)
     return app
+
+
+def _prepare(shelf: Shelf) -> None:
+    """Have ready what the first search and the first visitor of the map would else wait for, as far as it is made."""
+    for prepare in (Atlas.open_indexes, prepare_map):
+        with suppress(MindAtlasError, OSError):
+            prepare(shelf.atlas())
 
 
 def _mendable(request: Request, error: Exception) -> Response:

@@ -29,6 +29,12 @@ def map_of(atlas: Atlas) -> MapData:
     return MapData(atlas.store, atlas.dictionary)
 
 
+def prepare(atlas: Atlas) -> None:
+    """Have all ready that the first visitor of the map would else wait for."""
+    map_of(atlas).summary()
+    map_of(atlas).names(0)
+
+
 @lru_cache(4)
 def index_of(atlas: Atlas) -> NeighborIndex:
     """The neighbor index of an open atlas. Raises ArtifactError when it is not made yet."""

@@ -18,6 +18,7 @@ from jaxtyping import Float32, Float64, Int64
 from sae_core.artifacts import ArtifactStore
 from sae_core.features import Features
 from sae_core.labels.reader import BEST_SCORE, LABELS, doubted
+from sae_core.serve.cluster_names import cluster_names
 from sae_core.settings import fingerprint
 
 MAP = "map.parquet"
@@ -26,22 +27,6 @@ COLUMNS = {"feature": "<i4", "x": "<f4", "y": "<f4", "cluster": "<i4", "density"
 """Columns of the binary table, one after the other; a missing score is NaN, cluster -1 is none."""
 CHUNK = 1024
 """Names in one chunk."""
-
-_NAME_WORDS = 3
-_CLUSTER_NAMES = """
-    WITH words AS (
-        SELECT feature, trim(lower(unnest(top_tokens)), ' ') AS word, unnest(top_token_shares) AS share FROM features),
-    kept AS (
-        SELECT cluster, word, sum(share) AS share FROM words JOIN places USING (feature)
-        WHERE cluster >= 0 AND word <> '' AND NOT contains(word, '\\x') GROUP BY ALL),
-    scored AS (
-        SELECT *, share * if(regexp_matches(word, '^\\p{L}{2,}'), 1, 0.3)
-            * ln(1 + (SELECT count(DISTINCT cluster) FROM kept) / count(*) OVER (PARTITION BY word)) AS score
-        FROM kept),
-    ranked AS (SELECT *, row_number() OVER (PARTITION BY cluster ORDER BY score DESC, word) AS rank FROM scored)
-    SELECT cluster, list(word ORDER BY rank) FROM ranked WHERE rank <= ? GROUP BY cluster"""
-"""Tokens that a cluster's features fire on more than other clusters' do: tf-idf with the cluster as the document
-(c-TF-IDF, Grootendorst 2022), where what is no word counts less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +108,9 @@ class MapData:
         return sorted(found, key=lambda c: -c.size)
 
     def _cluster_names(self) -> dict[int, str]:
-        database = duckdb.connect()
-        database.register("features", self._features.columns("feature", "top_tokens", "top_token_shares"))
-        database.register("places", pa.table({name: self.columns[name] for name in ("feature", "cluster")}))
-        found = database.execute(_CLUSTER_NAMES, [_NAME_WORDS]).fetchall()
-        return {cluster: " · ".join(words).replace("\n", "⏎") for cluster, words in found}
+        cluster = np.full(len(self._features), -1)
+        cluster[self.columns["feature"]] = self.columns["cluster"]
+        return cluster_names(self._features.columns("top_tokens", "top_token_shares"), cluster)
 
     def _arrange(self, table: pa.Table) -> dict[str, np.ndarray]:
         """The columns of all features that have a place, along the curve."""

@@ -1,14 +1,12 @@
 """The atlases that are served: opened when first asked for, and again when one of their stages was made anew."""
 
 import threading
-from contextlib import suppress
 from typing import Annotated
 
 from fastapi import Depends, Request
 
 from sae_core.artifacts import MANIFEST, ArtifactError, ArtifactStore
 from sae_core.atlas import Atlas
-from sae_core.errors import MindAtlasError
 from sae_core.names import DictionarySpec
 from sae_core.stages import ON_DEMAND, VERSIONS, report_of
 
@@ -51,11 +49,6 @@ class Shelf:
             if self._open.get(slug, ((), None))[0] != stamp:
                 self._open[slug] = stamp, Atlas.open(self.store, slug)
             return self._open[slug][1]
-
-    def open_indexes(self) -> None:
-        """As `Atlas.open_indexes`, of the atlas that is meant when none is named, as far as it is there."""
-        with suppress(MindAtlasError, OSError):
-            self.atlas().open_indexes()
 
     def reports(self, dictionary: str) -> set[str]:
         """What was made on request of a dictionary as it is now; nothing of one that is not there."""
