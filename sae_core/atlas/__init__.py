@@ -4,6 +4,7 @@
     shapes      what it answers with
     words       features found by the words of a query
     fused       these together with those found by its meaning
+    counter     text in which what is said of a feature would mislead
     choosing    how found features are filtered and sorted
     lists       features worth a look
     tables      the stages' files as tables of DuckDB; `write_views` gives a person the same in one file

@@ -11,6 +11,7 @@ import pyarrow as pa
 from sae_core.artifacts import ArtifactError, ArtifactStore, Made
 from sae_core.atlas import choosing, lists
 from sae_core.atlas.choosing import ALL, NOWHERE, Columns, Filters, Found, chosen, read_columns
+from sae_core.atlas.counter import CounterExamples
 from sae_core.atlas.fused import fused
 from sae_core.atlas.shapes import Ancestor, ExplainedToken, FeatureCard, Fired, Hit, Neighbor, Place
 from sae_core.atlas.tables import FILES, Tables
@@ -250,6 +251,11 @@ class Atlas:
     @cached_property
     def _meaning(self) -> Meaning | None:
         return Meaning.open(self.store.get("labels", self.dictionary).folder) if "labels" in self._tables else None
+
+    @cached_property
+    def counter_examples(self) -> CounterExamples:
+        """Finds text in which what is said of a feature would mislead."""
+        return CounterExamples(self.features, self._meaning)
 
     @cached_property
     def _names(self) -> pa.Array | None:

@@ -150,17 +150,31 @@ class Features:
 
         Each has its peak at the first such token, at level 0. None where no sample is kept.
         """
-        if self._windows is None or self._firings is None:
-            return []
-        fires = set(self._firings.table(feature)["window"].to_pylist())
-        texts, places, documents = self._windows
-        holding = sorted({window for token in tokens for window in places.get(token, [])} - fires)[:limit]
-        found = []
-        for window in holding:
-            text = texts[window].as_py()
-            peak = next(i for i, token in enumerate(text) if token in tokens)
-            found.append(Example(feature, 0, "silent", 0.0, documents[window], 0, peak, text, [0.0] * len(text)))
-        return found
+        places = self._windows[1] if self._windows else {}
+        holding = {window for token in tokens for window in places.get(token, [])}
+        silent = sorted(holding - self.fires_in(feature))[:limit] if holding else []
+        firsts = (next(i for i, token in enumerate(self.window(window)) if token in tokens) for window in silent)
+        return [self.silent_in(feature, window, peak) for window, peak in zip(silent, firsts, strict=True)]
+
+    def silent_in(self, feature: int, window: int, peak: int) -> Example:
+        """A window of the sample in which the feature does not fire, with its peak at a place of our choice."""
+        assert self._windows
+        text = self.window(window)
+        return Example(feature, 0, "silent", 0.0, self._windows[2][window], 0, peak, text, [0.0] * len(text))
+
+    def fires_in(self, feature: int) -> set[int]:
+        """The windows of the sample in which the feature fires; none where no sample is kept."""
+        return set(self._firings.table(feature)["window"].to_pylist()) if self._firings else set()
+
+    @property
+    def n_windows(self) -> int:
+        """Windows in the sample; 0 where none is kept."""
+        return len(self._windows[0]) if self._windows else 0
+
+    def window(self, window: int) -> list[str]:
+        """The tokens of a window of the sample."""
+        assert self._windows
+        return self._windows[0][window].as_py()
 
     @cached_property
     def _firings(self) -> ByFeature | None:

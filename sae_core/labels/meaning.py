@@ -66,14 +66,22 @@ class Meaning:
 
         Few or none where little is as near as `LEAST`, or the model has no vectors for the query's tokens.
         """
-        ids = _ids(self._tokenizer, [query.encode("utf-8", "replace").decode()])[0]
-        total = sum((self._tokens[i : i + 1][0].astype(np.float32) for i in ids), np.zeros_like(self._middle))
-        if not total.any():
+        told = self.vectors([query])
+        if not told.any():
             return np.empty(0, np.float32), np.empty(0, np.int64)
-        asked = _unit(_unit(total[None]) - self._middle)
+        asked = unit(told - self._middle)
         cosines, found = self._index.search(asked, min(limit, self._index.ntotal))
         near = (cosines[0] >= LEAST) & (found[0] >= 0)  # a graph may find fewer than asked
         return cosines[0][near], found[0][near]
+
+    def vectors(self, texts: Sequence[str]) -> Rows:
+        """What texts mean: sums of their tokens' vectors, of length 1; 0 where the model has none of their tokens."""
+        clean = [text.encode("utf-8", "replace").decode() for text in texts]
+        counts = _counts(self._tokenizer, [[(text, 1.0)] for text in clean], self._tokens.get_shape()[0])
+        used = np.unique(counts.indices)
+        rows = [self._tokens[i : i + 1][0] for i in used.tolist()]
+        known = np.array(rows, np.float32).reshape(len(rows), -1 if rows else len(self._middle))
+        return unit(np.asarray(counts[:, used] @ known, np.float32))
 
 
 def write_meaning(model: ModelSettings, features: Features, rows: Sequence[LabelRow], folder: Path) -> None:
@@ -105,11 +113,11 @@ def write_index(vectors: Rows, tokenizer: Tokenizer, named: Sequence[Weighted], 
     counts = _counts(tokenizer, named, len(vectors))
     in_names = np.bincount(counts.indices, minlength=len(vectors))
     idf = np.log1p(len(named) / (1 + in_names)).astype(np.float32)
-    tokens = _unit(_told_apart(vectors)) * idf[:, None]
-    rows = _unit(np.ascontiguousarray(counts @ tokens, np.float32))
+    tokens = unit(_told_apart(vectors)) * idf[:, None]
+    rows = unit(np.ascontiguousarray(counts @ tokens, np.float32))
     has_name = rows.any(1)
     middle = rows[has_name].mean(0) if has_name.any() else np.zeros(vectors.shape[1], np.float32)
-    rows[has_name] = _unit(rows[has_name] - middle)
+    rows[has_name] = unit(rows[has_name] - middle)
     with write_atomically(folder / INDEX) as path:
         faiss.write_index(build_index(rows, NeighborSettings()), str(path))
     with write_atomically(folder / VECTORS) as path:
@@ -155,6 +163,7 @@ def _merged(tokens: Sequence[str], shares: Sequence[float]) -> Weighted:
     return [*found.items()]
 
 
-def _unit(rows: Rows) -> Rows:
+def unit(rows: Rows) -> Rows:
+    """The rows with length 1; those of length 0 as they are."""
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.ascontiguousarray(rows / np.where(norms > 0, norms, 1), np.float32)

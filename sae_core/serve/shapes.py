@@ -133,8 +133,10 @@ class FeatureView(View):
     levels: list[Level]
     """From the strongest activations down to near zero."""
     counter_examples: list[Passage]
-    """Text with the tokens that it fires on most, in which it does not fire (`silent`); then examples in which it fires
-    most strongly on another token than those. Empty where no sample of the corpus is kept and there are none."""
+    """Text in which it should fire by what is said of it, and does not (`silent`); then examples in which it fires,
+    and should not. Of the first there is none where no sample of the corpus is kept."""
+    counter_by_label: bool
+    """By the meaning of its label; else by the tokens that it fires on most."""
     neighbors: list[Near]
     cluster: int | None
     """On the map; -1 is none, null before the map is made."""

@@ -46,13 +46,13 @@ _ON_REQUEST = {
 _HEALTH = ("fvu", "l0", "dead", "delta_ce", "ce_recovered")
 _LISTED = 8
 _COUNTER = 3  # counter-examples of each sort
-_TELLING = 3  # top tokens whose silence is told
 
 
 def feature_view(atlas: Atlas, feature: int) -> FeatureView:
     """Everything about one feature. Raises FeatureError when there is no such feature."""
     card = atlas.feature(feature)
-    n = len(atlas.features)
+    n, written = len(atlas.features), (card.label or {}).get("label") or ""
+    counter = atlas.counter_examples.of(card.row, card.examples, written, _COUNTER)
     return FeatureView(
         dictionary=atlas.dictionary,
         corpus=atlas.site.corpus,
@@ -60,7 +60,8 @@ def feature_view(atlas: Atlas, feature: int) -> FeatureView:
         row=card.row,
         label=_label(card.label) if card.label else None,
         levels=_levels(atlas, card.row, card.examples, {*((card.label or {}).get("examples") or ())}),
-        counter_examples=_counter_examples(atlas, card.row, card.examples),
+        counter_examples=_passages(atlas, [*counter.silent, *counter.firing]),
+        counter_by_label=counter.by_label,
         neighbors=[Near(**asdict(x)) for x in card.neighbors],
         cluster=card.place.cluster if card.place else None,
         output_score=(card.steering or {}).get("output_score"),
@@ -123,13 +124,6 @@ def _passages(atlas: Atlas, examples: list[Example], shown: Container[int] = ())
         )
         for i, x in enumerate(examples)
     ]  # fmt: skip
-
-
-def _counter_examples(atlas: Atlas, row: FeatureRow, examples: list[Example]) -> list[Passage]:
-    """Where the tokens that it fires on most would mislead: they are there and it is silent, or it fires on others."""
-    tokens = row.top_tokens[:_TELLING]
-    others = [x for x in examples if x.tokens[x.peak] not in row.top_tokens]
-    return _passages(atlas, [*atlas.features.silent(row.feature, tokens, _COUNTER), *others[:_COUNTER]])
 
 
 def document_view(store: ArtifactStore, corpus: str, document: int) -> DocumentView:
