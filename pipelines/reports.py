@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -122,7 +123,7 @@ def watch(monitor: Monitor, file: IO[bytes], batch: int) -> None:
 def _alert(monitor: Monitor, texts: list[str], first: int) -> int:
     for alerts in monitor.scan(texts):
         for alert in alerts:
-            click.echo(json.dumps(alert._asdict() | {"text": first + alert.text}, ensure_ascii=False))
+            click.echo(json.dumps(asdict(alert) | {"text": first + alert.text}, ensure_ascii=False))
     return len(texts)
 
 

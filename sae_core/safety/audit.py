@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -18,11 +18,12 @@ from sae_core.language_model import LanguageModel
 from sae_core.progress import Report, silent
 from sae_core.prompt_reader import Pooled, PromptError, PromptReader
 from sae_core.prompt_search import ALPHA, Separating, best_features
-from sae_core.safety.baselines import Random, fit_probe, fit_words, random_features
+from sae_core.safety.baselines import fit_probe, fit_words, random_features
 from sae_core.safety.concepts import Concept, concepts_of
 from sae_core.safety.drawing import SPLITS, Drawn, Side, Text, draw
 from sae_core.safety.monitor import MONITOR, Detector, fit_detector, save_detectors
-from sae_core.safety.specificity import Specificity, share_of_corpus, specificity
+from sae_core.safety.shapes import Measured, Random, Rated, Specificity, Steers
+from sae_core.safety.specificity import share_of_corpus, specificity
 from sae_core.separation import LEVEL, auc, interval
 from sae_core.steering_scores import SCORES
 from sae_core.study import SafetySettings
@@ -36,23 +37,8 @@ FOUND_AUC, FOUND_LOW = 0.9, 0.8
 STATUSES = ("found", "stand-in", "partly", "not found", "no claim")
 
 
-class Rated(NamedTuple):
-    """An AUC and its bootstrap interval."""
-
-    auc: float
-    low: float
-    high: float
-
-
-class Steers(NamedTuple):
-    """What turning a feature up does to the model's next words (see `steering_scores`)."""
-
-    output_score: float | None
-    role: str | None
-    """`output`: it makes the model say what it promotes, more than random directions do; `input`: it does not."""
-
-
-class Candidate(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Candidate:
     """A feature, as evidence for a concept."""
 
     separating: Separating
@@ -66,30 +52,6 @@ class Candidate(NamedTuple):
         """Its AUC on unseen prompts; NaN without any."""
         s = self.separating
         return Rated(*(math.nan if number is None else number for number in (s.auc, s.low, s.high)))
-
-
-class Measured(NamedTuple):
-    """A monitor's threshold, set on some texts and measured on others."""
-
-    asked: float
-    false_positives: int
-    negatives: int
-    low: float
-    high: float
-    """Interval of the rate of false alarms (Clopper and Pearson 1934)."""
-    true_positives: int
-    positives: int
-
-    @property
-    def rate(self) -> float:
-        """Of false alarms."""
-        return self.false_positives / self.negatives
-
-    @property
-    def off(self) -> float:
-        """The factor by which the rate is above or below the one asked for; no alarm counts as half of one."""
-        rate = max(self.false_positives, 0.5) / self.negatives
-        return max(rate / self.asked, self.asked / rate)
 
 
 @dataclass(frozen=True)
@@ -176,7 +138,7 @@ def build_audit(
     from sae_core.safety.report import markdown
 
     concepts = concepts_of(settings)
-    rows = pq.read_table(scores / SCORES, columns=["feature", *Steers._fields]).to_pylist()
+    rows = pq.read_table(scores / SCORES, columns=["feature", *(field.name for field in fields(Steers))]).to_pylist()
     steers = {row.pop("feature"): Steers(**row) for row in rows}
     audits, detectors = audit(concepts, settings, atlas, PromptReader.of(atlas, lm), steers, report)
     lost = lost_concepts(audits, before or {})
@@ -345,25 +307,9 @@ def as_json(found: ConceptAudit) -> dict[str, Any]:
     """Everything, as JSON values."""
     from sae_core.safety.report import verdict
 
-    rows = [
-        {
-            **asdict(c.separating),
-            "specificity": c.specificity._asdict(),
-            "shifted": _dict(c.shifted),
-            "steers": c.steers._asdict(),
-        }
-        for c in found.candidates
-    ]
-    named = ("probe", "words", "random", "shifted_probe", "shifted_words", "shifted_random", "monitor")
-    return {
-        **{k: v for k, v in vars(found).items() if k not in (*named, "candidates")},
-        "status": found.status, "right_rank": found.right_rank, "verdict": verdict(found), "candidates": rows,
-        **{key: _dict(getattr(found, key)) for key in named},
-    }  # fmt: skip
-
-
-def _dict(row: Any) -> dict[str, Any] | None:
-    return None if row is None else row._asdict()
+    told = asdict(found)
+    told["candidates"] = [row.pop("separating") | row for row in told["candidates"]]
+    return told | {"status": found.status, "right_rank": found.right_rank, "verdict": verdict(found)}
 
 
 def _rows(found: ConceptAudit) -> list[dict[str, Any]]:
@@ -373,6 +319,6 @@ def _rows(found: ConceptAudit) -> list[dict[str, Any]]:
     return [
         about | {k: v for k, v in asdict(c.separating).items() if k not in {"active", "beats_control"}}
         | {"rank": rank, "specificity": c.specificity.share, "shifted_auc": c.shifted.auc if c.shifted else None}
-        | c.steers._asdict()
+        | asdict(c.steers)
         for rank, c in enumerate(found.candidates, 1)
     ]  # fmt: skip

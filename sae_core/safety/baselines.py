@@ -12,6 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from sae_core.prompt_reader import Pooled
+from sae_core.safety.shapes import Random
 from sae_core.separation import auc
 
 PENALTIES = {"logisticregression__C": [1e-3, 1e-2, 1e-1, 1.0]}
@@ -29,14 +30,6 @@ class Probe(NamedTuple):
     def scores(self, raw: Float[np.ndarray, "texts d_model"]) -> Float[np.ndarray, " texts"]:
         """Log-odds that each text is positive."""
         return self.model.decision_function(raw)
-
-
-class Random(NamedTuple):
-    """How well features taken at random do."""
-
-    mean: float
-    high: float
-    """The AUC that 5% of them exceed."""
 
 
 def fit_probe(positive: Float[np.ndarray, "p d_model"], negative: Float[np.ndarray, "n d_model"]) -> Probe:

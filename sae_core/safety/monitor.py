@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from sae_core.artifacts import ArtifactError
 from sae_core.atlas import Atlas
 from sae_core.dictionary import Dictionary
 from sae_core.prompt_reader import PromptError, PromptReader
+from sae_core.safety.shapes import Alert
 from sae_core.stages import report_of
 
 MONITOR = "monitor.json"
@@ -55,24 +56,6 @@ class Detector:
         """Chance that a text with this value is about the concept, when a share `base_rate` of all texts is."""
         odds = self.slope * value + self.intercept + math.log(base_rate / (1 - base_rate))
         return 1 / (1 + math.exp(-max(min(odds, 500.0), -500.0)))
-
-
-class Alert(NamedTuple):
-    """A run of tokens on which a concept's feature is at its threshold or above."""
-
-    text: int
-    """Which text, counted from 0."""
-    concept: str
-    feature: int
-    label: str
-    start: int
-    """First token of the run."""
-    stop: int
-    """First token behind it."""
-    value: float
-    """The largest in the run."""
-    probability: float
-    threshold: float
 
 
 def fit_detector(

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from sae_core.labels.reader import doubted
-from sae_core.safety.audit import CALIBRATED_TEXTS, STATUSES, ConceptAudit, Rated, is_rated
-from sae_core.safety.specificity import RIGHT
+from sae_core.safety.audit import CALIBRATED_TEXTS, STATUSES, ConceptAudit, is_rated
+from sae_core.safety.shapes import RIGHT, Rated
 from sae_core.safety.words import CAVEATS
 
 

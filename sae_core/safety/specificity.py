@@ -2,32 +2,10 @@
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from sae_core.display import shown_bytes
 from sae_core.features import Features
-
-RIGHT = 0.5
-"""A feature counts as the concept's own when at least this share of its firings on the corpus is about it,"""
-LIFT = 2.0
-"""and this many times the share of the corpus that is."""
-
-
-class Specificity(NamedTuple):
-    """Of the kept examples, weighted by how often the feature fires at each level."""
-
-    share: float | None
-    """None for a feature without examples."""
-    top: float | None
-    """Share of its strongest examples."""
-    examples: int
-    corpus: float
-    """Share of a sample of the corpus, in stretches as long, that is about the concept."""
-
-    @property
-    def is_own(self) -> bool:
-        """Whether it is the concept's own feature, as far as the pattern can tell."""
-        return self.share is not None and self.share >= max(RIGHT, LIFT * self.corpus)
+from sae_core.safety.shapes import Specificity
 
 
 def specificity(features: Features, feature: int, about: str, corpus: float) -> Specificity:

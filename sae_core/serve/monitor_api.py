@@ -2,20 +2,19 @@
 
 import json
 from collections.abc import AsyncIterator, Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import Any
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sae_core.atlas import Atlas
 from sae_core.errors import MindAtlasError
+from sae_core.safety.shapes import Alert
 from sae_core.serve.live import MAX_CHARACTERS, Live
 from sae_core.serve.openai_api import ApiError, ChatMessage, OpenAIRoute
 from sae_core.serve.shelf import Shelf
 from sae_core.serve.streams import EventStream, in_time
-
-if TYPE_CHECKING:
-    from sae_core.safety.monitor import Alert
 
 JSON_LINES = "application/x-ndjson"
 _PIECE = 32  # tokens between two turns of others
@@ -50,26 +49,6 @@ class MonitorQuestion(BaseModel):
         return len(self.text or "") + sum(len(message.turn["content"]) for message in self.messages or ())
 
 
-class AlertView(BaseModel):
-    """A run of tokens on which a concept's feature is at its threshold or above."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-    text: int
-    """Always 0: there is one text."""
-    concept: str
-    feature: int
-    label: str
-    start: int
-    """First token of the run."""
-    stop: int
-    """First token behind it."""
-    value: float
-    """The largest activation in the run."""
-    probability: float
-    """Chance that a text with this value is about the concept, at the base rate."""
-    threshold: float
-
-
 class Watched(BaseModel):
     """What was read."""
 
@@ -83,7 +62,7 @@ class Watched(BaseModel):
 class MonitorAnswer(Watched):
     """All alerts, by concept and place."""
 
-    alerts: list[AlertView]
+    alerts: list[Alert]
 
 
 class Problem(BaseModel):
@@ -122,7 +101,7 @@ def monitor_api(shelf: Shelf, live: Live) -> APIRouter:
                 return EventStream(_lines(read, items), made, JSON_LINES)
             alerts = sorted([alert async for alert in _alerts(items)])
             made.close()
-            return MonitorAnswer(**read.model_dump(), alerts=[AlertView(**alert._asdict()) for alert in alerts])
+            return MonitorAnswer(**read.model_dump(), alerts=alerts)
         except BaseException:
             made.close()
             raise
@@ -130,7 +109,7 @@ def monitor_api(shelf: Shelf, live: Live) -> APIRouter:
     return router
 
 
-def _watch(live: Live, atlas: Atlas, asked: MonitorQuestion) -> "Iterator[Watched | list[Alert]]":
+def _watch(live: Live, atlas: Atlas, asked: MonitorQuestion) -> Iterator[Watched | list[Alert]]:
     """What was read, then the alerts piece by piece. In the model's thread."""
     from sae_core.safety.monitor import Monitor, chat_text, detectors_of  # torch, which nothing else here needs
 
@@ -147,16 +126,16 @@ def _watch(live: Live, atlas: Atlas, asked: MonitorQuestion) -> "Iterator[Watche
     yield stream.close()
 
 
-async def _lines(read: Watched, items: "AsyncIterator[Watched | list[Alert]]") -> AsyncIterator[str]:
+async def _lines(read: Watched, items: AsyncIterator[Watched | list[Alert]]) -> AsyncIterator[str]:
     try:
         async for alert in _alerts(items):
-            yield _line(alert._asdict())
+            yield _line(asdict(alert))
         yield _line({"end": read.model_dump()})
     except MindAtlasError as error:
         yield _line({"error": {"message": str(error), "type": "server_error", "param": None, "code": None}})
 
 
-async def _alerts(items: "AsyncIterator[Watched | list[Alert]]") -> "AsyncIterator[Alert]":
+async def _alerts(items: AsyncIterator[Watched | list[Alert]]) -> AsyncIterator[Alert]:
     async for some in items:
         assert isinstance(some, list), "after what was read, there are alerts"
         for alert in some:

@@ -8,6 +8,7 @@ from starlette.responses import HTMLResponse
 
 from sae_core.artifacts import Made
 from sae_core.atlas import Atlas
+from sae_core.safety.shapes import Measured, Random, Rated, Specificity, Steers
 from sae_core.safety.words import CAVEATS
 from sae_core.serve.render import page
 from sae_core.serve.shapes import Named, View
@@ -18,40 +19,6 @@ from sae_core.stages import report_of
 router = APIRouter(responses={404: {"description": "There is no such thing, or the report was not made yet."}})
 
 _CURES = {"safety": "mind-atlas audit", "behaviors": "mind-atlas behaviors", "multilingual": "mind-atlas multilingual"}
-
-
-class Rated(View):
-    """An AUC on prompts that played no part in finding, and its bootstrap interval."""
-
-    auc: float
-    low: float
-    high: float
-
-
-class RandomRated(View):
-    """AUCs of features taken at random among those that fire."""
-
-    mean: float
-    high: float
-    """The AUC that 5% of them exceed."""
-
-
-class Specificity(View):
-    """What a feature's firings on the corpus are about, by a pattern of words."""
-
-    share: float | None
-    """Share of its firings that lie in text about the concept; null without examples."""
-    top: float | None
-    examples: int
-    corpus: float
-    """Share of the corpus that is about the concept."""
-
-
-class Steers(View):
-    """What turning the feature up does to the next words."""
-
-    output_score: float | None
-    role: str | None
 
 
 class Candidate(Named):
@@ -73,18 +40,6 @@ class Candidate(Named):
     steers: Steers
 
 
-class MeasuredMonitor(View):
-    """A threshold, set on some texts and measured on others."""
-
-    asked: float
-    false_positives: int
-    negatives: int
-    low: float
-    high: float
-    true_positives: int
-    positives: int
-
-
 class ConceptView(View):
     """What the audit shows of a concept, and what it does not."""
 
@@ -104,11 +59,11 @@ class ConceptView(View):
     candidates: list[Candidate]
     probe: Rated
     words: Rated
-    random: RandomRated
+    random: Random
     shifted_probe: Rated | None
     shifted_words: Rated | None
-    shifted_random: RandomRated | None
-    monitor: MeasuredMonitor | None
+    shifted_random: Random | None
+    monitor: Measured | None
     no_monitor: str
 
 

@@ -40,7 +40,7 @@ class NotFoundError(MindAtlasError):
 
 _ON_REQUEST = {
     "steering_report": "mind-atlas steering-report", "safety": "mind-atlas audit",
-    "multilingual": "mind-atlas multilingual",
+    "multilingual": "mind-atlas multilingual", "behaviors": "mind-atlas behaviors",
 }  # fmt: skip
 """Stages that are no part of an atlas, and the commands that make them."""
 _HEALTH = ("fvu", "l0", "dead", "delta_ce", "ce_recovered")

@@ -8,7 +8,8 @@ import pytest
 from pipelines.reports import insert, show_report, watch
 from sae_core.artifacts import ArtifactStore, Made, Recipe
 from sae_core.errors import MindAtlasError
-from sae_core.safety.monitor import Alert, Monitor
+from sae_core.safety.monitor import Monitor
+from sae_core.safety.shapes import Alert
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +14,12 @@ from sae_core.atlas import Atlas
 from sae_core.features import Example, Features
 from sae_core.language_model import LanguageModel
 from sae_core.prompt_reader import Pooled, PromptReader
-from sae_core.safety.audit import ConceptAudit, Measured, Steers, audit, build_audit, is_rated, lost_concepts
+from sae_core.safety.audit import ConceptAudit, audit, build_audit, is_rated, lost_concepts
 from sae_core.safety.baselines import fit_probe, fit_words, random_features
 from sae_core.safety.concepts import Concept, load_concepts
 from sae_core.safety.monitor import load_detectors
 from sae_core.safety.report import markdown, verdict
+from sae_core.safety.shapes import Measured, Random, Steers
 from sae_core.safety.specificity import is_about, share_of_corpus, specificity
 from sae_core.study import SafetySettings
 
@@ -198,7 +200,7 @@ def test_a_monitor_is_off_by_a_factor_in_either_direction(alarms: int, off: floa
     measured = Measured(0.05, alarms, 400, 0.0, 1.0, 0, 1)
     assert measured.off == pytest.approx(off)
     assert is_rated(measured)
-    assert not is_rated(measured._replace(negatives=40))
+    assert not is_rated(replace(measured, negatives=40))
     assert not is_rated(None)
 
 
@@ -236,7 +238,7 @@ def test_the_probe_points_along_what_differs_and_words_tell_words_apart() -> Non
 def test_random_features_are_those_that_fire_and_do_as_luck_does() -> None:
     found = random_features(np.arange(5, 30), pool(["owl"] * 60), pool(["mouse"] * 50))
     assert abs(found.mean - 0.5) < 0.05
-    assert random_features(np.array([], int), pool(["owl"]), pool(["mouse"])) == (0.5, 0.5)
+    assert random_features(np.array([], int), pool(["owl"]), pool(["mouse"])) == Random(0.5, 0.5)
 
 
 def test_every_shipped_concept_has_a_pattern_that_its_written_positives_match() -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def test_a_conversation_is_read_as_the_model_is_given_it(port: int, monitor: Mon
     text = f"<|start|>user\n{TEXT[:60]}<|end|>\n<|start|>assistant\nYes.<|end|>\n"
     status, _, answer = ask(port, {"messages": messages})
     assert status == 200
-    assert places(json.loads(answer)["alerts"]) == places([a._asdict() for a in monitor.scan([text])[0]])
+    assert places(json.loads(answer)["alerts"]) == places([asdict(a) for a in monitor.scan([text])[0]])
 
 
 def test_only_the_concepts_asked_for_are_watched(port: int) -> None:
