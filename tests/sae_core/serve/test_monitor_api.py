@@ -69,7 +69,7 @@ def places(alerts: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 
 def test_a_text_whole_streamed_and_by_the_library_raises_the_same_alerts(port: int, monitor: Monitor) -> None:
-    expected = [alert._asdict() for alert in monitor.scan([TEXT])[0]]
+    expected = [asdict(alert) for alert in monitor.scan([TEXT])[0]]
     assert expected
     status, kind, text = ask(port, {"text": TEXT})
     whole = json.loads(text)
