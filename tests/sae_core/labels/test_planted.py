@@ -9,6 +9,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,6 +63,8 @@ CONCEPTS = (
     Concept("ingredients", ("recipes-en",), r"\b(flour|sugar|butter|salt|pepper|milk|eggs?|garlic|onions?|oil)\b",
             "ingredient|cook|bak|food|recipe"),
 )  # fmt: skip
+DEFAULT = LabelSettings().model
+OTHERS = ("smollm2-135m-instruct", "gemma3-270m", "qwen2.5-coder-0.5b-instruct")
 JUDGED = ("digits", "French text", "months")
 SOURCES = sorted({source for concept in CONCEPTS for source in concept.sources})
 N_EXAMPLES, N_WINDOWS, LEVELS = 30, 40, 5
@@ -170,21 +173,34 @@ def local(cache: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureR
         monkeypatch.delenv("MIND_ATLAS_CACHE")
 
 
-def test_labels_of_planted_features_name_the_concept_and_shuffled_ones_do_not(local, planted_text, tmp_path):
-    settings = LabelSettings(features=len(CONCEPTS), scorers=["embedding"])
-    ground = Ground(ModelSettings(source="smollm2-135m-instruct"), planted_text)
-    summary = build_labels(settings, planted_text, tmp_path, ground=ground)
-    rows = Labels.open(tmp_path).rows()
+@lru_cache
+def written_by(model: str, planted: Path) -> tuple[float, float]:
+    """The shares of a writer's labels that name the concept: of the feature's own, and of the others' in its place."""
+    settings = LabelSettings(features=len(CONCEPTS), scorers=["embedding"], model=model)
+    folder, ground = planted.with_name(f"by-{model}"), Ground(ModelSettings(source="smollm2-135m-instruct"), planted)
+    folder.mkdir()
+    summary = build_labels(settings, planted, folder, ground=ground)
+    rows = Labels.open(folder).rows()
     names = [[bool(re.search(concept.said_by, row.label.casefold())) for row in rows] for concept in CONCEPTS]
     n = len(CONCEPTS)
     share = sum(names[i][i] for i in range(n)) / n
     control = sum(names[i][j] for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
     for i, (concept, row) in enumerate(zip(CONCEPTS, rows, strict=True)):
         said = [(s.scorer, s.score, s.shuffled, s.lexical) for s in row.scores]
-        print(f"{concept.meaning} | {row.label} | {row.description} | {names[i][i]} | {row.beats_control} | {said}")
-    print(f"{share:.3f} name the concept, {control:.3f} of shuffled ones; {summary['seconds_per_label']} s a label")
+        print(f"{concept.meaning} | {row.label} | {row.status} | {names[i][i]} | {row.beats_control} | {said}")
+    print(f"{model}: {share:.3f} name the concept, {control:.3f} of shuffled; {summary['seconds_per_label']} s a label")
+    return share, control
+
+
+def test_labels_of_planted_features_name_the_concept_and_shuffled_ones_do_not(local, planted_text):
+    share, control = written_by(DEFAULT, planted_text)
     assert share >= 0.5
     assert control <= 0.15
+
+
+@pytest.mark.parametrize("model", OTHERS)
+def test_no_smaller_model_of_the_catalog_names_as_many(local, planted_text, model):
+    assert written_by(model, planted_text)[0] < written_by(DEFAULT, planted_text)[0]
 
 
 @pytest.mark.parametrize("task", ["detection", "fuzzing"])
