@@ -35,6 +35,11 @@ class CounterExamples:
     def __init__(self, features: Features, meaning: Meaning | None) -> None:
         self._features, self._meaning = features, meaning
 
+    def prepare(self) -> None:
+        """Read the sample, which the first answer would else wait for."""
+        if self._meaning:
+            _ = self._windows
+
     def of(self, row: FeatureRow, examples: Sequence[Example], label: str, count: int) -> Counter:
         """At most `count` of either sort.
 

@@ -159,9 +159,10 @@ class Atlas:
         return choosing.has_scores(self._tables)
 
     def open_indexes(self) -> None:
-        """Open and read what the first search would else wait for."""
+        """Open and read what the first search and the first page would else wait for."""
         self._columns_of_features()
         _ = self._meaning, self._names
+        self.counter_examples.prepare()
         there = [stage for stage in ("labels", "neighbors") if self.store.manifest(stage, self.dictionary)]
         folders = [self.store.get(stage, self.dictionary).folder for stage in there]
         read_through(
