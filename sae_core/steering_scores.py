@@ -4,11 +4,13 @@ An *output score* says whether turning the feature up makes the model say the to
 a feature fires on tells little of that: few features do both, and steering with the others fails (Arad et al. 2025).
 The score is ours in detail: one steered pass over neutral prompts, and how far the promoted tokens climb in rank.
 
-For the features of the highest scores a short search finds the largest strength at which texts stay fluent.
+For the features of the highest scores a short search finds the largest strength at which texts stay fluent; for any
+other it is made when somebody asks (`search_strength`).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +27,8 @@ from sae_core.features.logits import logit_effects
 from sae_core.progress import Report, silent
 from sae_core.steering import Steer
 from sae_core.steering_replay import Passage, Replay
-from sae_core.steering_texts import Condition, Subject, measure_texts, write_texts
+from sae_core.steering_texts import Condition, Measures, Subject, measure_texts, write_texts
+from sae_core.steers import check_steers
 from sae_core.study import SteeringSettings
 
 SCORES = "scores.parquet"
@@ -176,18 +179,44 @@ def suggest_strengths(
     conditions = [Condition(), *(Condition(Steer(i, strength)) for i in features for strength in tried)]
     if len(conditions) == 1:
         return {}
-    texts = write_texts(
-        subject, _SUGGESTING, conditions, 1, settings.max_tokens, settings.temperature, settings.seed, report
-    )
-    measured = measure_texts(subject, texts)
-    base = np.mean([m.nll for t, m in zip(texts, measured, strict=True) if t.condition == 0])
+    plain, *steered = _fluency(subject, conditions, settings, report)
     found = {}
     for place, feature in enumerate(features):
-        found[feature] = 0.0
-        for step, strength in enumerate(tried):
-            own = [m for t, m in zip(texts, measured, strict=True) if t.condition == 1 + place * len(tried) + step]
-            ratio = math.exp(np.mean([m.nll for m in own]) - base)
-            if ratio > settings.perplexity_ratio_max or np.mean([m.repetition for m in own]) > settings.repetition_max:
-                break
-            found[feature] = strength
+        own = steered[place * len(tried) : (place + 1) * len(tried)]
+        passed = takewhile(lambda pair: _is_fluent(pair[1], plain, settings), zip(tried, own, strict=True))
+        found[feature] = max((strength for strength, _ in passed), default=0.0)
     return found
+
+
+def search_strength(subject: Subject, feature: int, settings: SteeringSettings) -> Iterator[float]:
+    """The same for one feature that somebody asks about: the largest found so far, after each strength that is tried.
+
+    Raises SteeringError for a feature that is not there or dead.
+    """
+    check_steers([Steer(feature, 1.0)], subject.max_acts.numpy())
+    (plain,) = _fluency(subject, [Condition()], settings)
+    found = 0.0
+    yield found
+    for strength in sorted(settings.strengths):
+        (own,) = _fluency(subject, [Condition(Steer(feature, strength))], settings)
+        if not _is_fluent(own, plain, settings):
+            return
+        found = strength
+        yield found
+
+
+def _fluency(
+    subject: Subject, conditions: Sequence[Condition], settings: SteeringSettings, report: Report = silent
+) -> list[Measures]:
+    """Means over the texts of each condition."""
+    s = settings
+    texts = write_texts(subject, _SUGGESTING, conditions, 1, s.max_tokens, s.temperature, s.seed, report)
+    own: list[list[Measures]] = [[] for _ in conditions]
+    for text, measures in zip(texts, measure_texts(subject, texts), strict=True):
+        own[text.condition].append(measures)
+    return [Measures(*np.mean(some, 0).tolist()) for some in own]
+
+
+def _is_fluent(own: Measures, plain: Measures, settings: SteeringSettings) -> bool:
+    ratio = math.exp(own.nll - plain.nll)  # not a number after an empty answer, which is no sign of anything
+    return not (ratio > settings.perplexity_ratio_max or own.repetition > settings.repetition_max)

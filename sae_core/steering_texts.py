@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sae_core.atlas import Atlas
 from sae_core.dictionary import Dictionary
 from sae_core.features import FeatureRow, Features
 from sae_core.generation import Sampling, Token, generate, read_prompt
@@ -52,6 +53,11 @@ class Subject:
     def open(cls, lm: LanguageModel, site: Site, dictionary: Path, features: Path, sink_norm: float) -> "Subject":
         """From the folders of the finished artifacts."""
         return cls(lm, site, Dictionary.load(dictionary, lm.device), Features.open(features), sink_norm)
+
+    @classmethod
+    def of(cls, atlas: Atlas, lm: LanguageModel, dictionary: Dictionary | None = None) -> "Subject":
+        """Of an atlas; its dictionary is loaded unless it is given."""
+        return cls(lm, atlas.site, dictionary or atlas.load_dictionary().to(lm.device), atlas.features, atlas.sink_norm)
 
     @cached_property
     def max_acts(self) -> Float[Tensor, " d_sae"]:

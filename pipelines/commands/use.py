@@ -11,8 +11,8 @@ from pipelines.commands.shared import as_json, chosen, open_atlas, open_model
 @click.command()
 @click.argument("prompt")
 @click.option(
-    "--feature", "features", multiple=True, required=True, metavar="N=STRENGTH",
-    help="Steer feature N with STRENGTH; may be given several times.",
+    "--feature", "features", multiple=True, required=True, metavar="N[=STRENGTH]",
+    help="Steer feature N with STRENGTH, or as far as texts stay fluent; may be given several times.",
 )  # fmt: skip
 @click.option(
     "--method", type=click.Choice(["clamp", "add", "scale", "min_clamp"]), default="clamp", show_default=True,
@@ -42,10 +42,10 @@ def steer(
     from sae_core.steering import Steer, Steering, cautions
 
     atlas = open_atlas(study, dictionary)
-    steers = [Steer(number, strength, method) for number, strength in wanted]
-    steering = Steering.of(atlas, steers, scope)
+    Steering.of(atlas, [Steer(number, strength or 0.0, method) for number, strength in wanted], scope)  # or refuses
     lm = open_model(atlas)
-    notes = cautions(atlas, steers)
+    steers = [Steer(n, _fluent(atlas, lm, n) if strength is None else strength, method) for n, strength in wanted]
+    steering, notes = Steering.of(atlas, steers, scope), cautions(atlas, steers)
     if not lm.tokenizer.chat_template:
         notes.append("the model has no chat template: it completes the prompt as plain text")
     for note in notes:
@@ -134,9 +134,27 @@ def export(folder: Path, format_: str, limit: int | None, study: str, dictionary
         out.print(f"{atlas.dictionary} is in {told['folder']}, as {format_}", markup=False)
 
 
-def _strength(text: str) -> tuple[int, float]:
+def _strength(text: str) -> tuple[int, float | None]:
+    """A feature, and its strength if one is given."""
     number, equals, strength = text.partition("=")
     try:
-        return int(number), float(strength if equals else "nothing")
+        return int(number), float(strength) if equals else None
     except ValueError:
         raise click.BadParameter(f"{text!r}: write NUMBER=STRENGTH, as in 1234=10", param_hint="--feature") from None
+
+
+def _fluent(atlas: Any, lm: Any, feature: int) -> float:
+    """The strength up to which a feature's texts are fluent, as it was found, or is now; the least tried if none is."""
+    from assets.partitions import STUDIES
+    from pipelines.console import err
+    from sae_core.steering_scores import search_strength
+    from sae_core.steering_texts import Subject
+
+    settings = STUDIES.order(atlas.dictionary).study.steering
+    found = atlas.suggested_strength(feature)
+    if found is None:
+        err.print(f"looking for a strength for feature {feature} ...", markup=False)
+        *_, found = search_strength(Subject.of(atlas, lm), feature, settings)
+    told = f"texts were fluent up to {found:g} times its maximum" if found else "texts were not fluent at any strength"
+    err.print(f"feature {feature}: {told}", markup=False)
+    return found or min(settings.strengths)

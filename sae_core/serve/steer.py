@@ -18,7 +18,7 @@ from sae_core.serve.live import MAX_CHARACTERS, Live, LiveError
 from sae_core.serve.render import page
 from sae_core.serve.shapes import SteeredFeature, SteeredToken
 from sae_core.serve.shelf import ChosenAtlas, Shelf
-from sae_core.serve.streams import EventStream, SteerField, event, next_item
+from sae_core.serve.streams import EventStream, SteerField, event, in_time, next_item
 from sae_core.serve.turns import Stream
 from sae_core.serve.views import names
 from sae_core.steers import ABSURD, Method, Scope, Steer, cautions
@@ -89,6 +89,30 @@ def steered_feature(atlas: ChosenAtlas, feature: int) -> SteeredFeature:
         output_score=measured.get("output_score"),
         role=measured.get("role") or "",
     )
+
+
+@router.post("/api/steer/{dictionary}/{feature}/strength", tags=["atlas"])
+async def look_for_strength(request: Request, atlas: ChosenAtlas, feature: int) -> SteeredFeature:
+    """The same, with the largest strength up to which texts are fluent looked for now, on the live model."""
+    live: Live = request.app.state.live
+    known = steered_feature(atlas, feature)
+    if known.is_dead:
+        raise LiveError(f"feature {feature} is dead: it never fires on the corpus, so it has no strength", 400)
+    steps = live.start(_strengths(live, atlas, feature))
+    try:
+        found = [strength async for strength in in_time(request, steps, live.seconds)][-1]
+    finally:
+        steps.close()
+    return known.model_copy(update={"suggested_strength": found, "strength": found or known.strength})
+
+
+def _strengths(live: Live, atlas: Atlas, feature: int) -> Iterator[float]:
+    """In the model's thread."""
+    from sae_core.steering_scores import search_strength  # torch, which nothing else here needs
+    from sae_core.steering_texts import Subject
+
+    settings = live.studies.order(atlas.dictionary).study.steering
+    yield from search_strength(Subject.of(atlas, *live.ready(atlas)), feature, settings)
 
 
 @router.post(

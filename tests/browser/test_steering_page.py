@@ -31,6 +31,17 @@ def answers(page: Page) -> list[str]:
     return [element.text_content() or "" for element in page.locator(".stream").all()]
 
 
+def test_a_strength_is_found_for_a_feature_that_has_none(page: Page, atlas: Atlas):
+    rows = atlas.features.table().to_pylist()
+    feature = next(r["feature"] for r in rows if not r["is_dead"] and atlas.suggested_strength(r["feature"]) is None)
+    page.goto(f"/steer?feature={feature}")
+    search = page.get_by_role("button", name=f"Find a strength for feature {feature}")
+    search.click()
+    written_at = re.compile("^Texts were (fluent up to|not fluent at any)")
+    expect(page.locator("#status")).to_have_text(written_at, timeout=60_000)
+    expect(search).to_be_hidden()
+
+
 def test_three_answers_are_written_and_a_link_restores_everything(page: Page, atlas: Atlas, alive: int):
     page.goto(f"/steer?feature={alive}")
     row = page.locator("#features li")

@@ -110,6 +110,8 @@ def test_steering_changes_the_answer_and_the_same_seed_repeats_it(home: Path):
     assert answers["default"] != answers["steered"]
     assert answers["prompt"] == "Hello :smile: " * 20  # neither folded nor drawn
     assert json.loads(run(*command, home=home, check=True).stdout) == answers
+    found = run("steer", "--feature", str(hits[0]["feature"]), "--max-tokens", "5", "Hello", home=home, check=True)
+    assert f"feature {hits[0]['feature']}: texts were " in found.stderr
 
 
 def test_chosen_features_are_labeled_after_a_look_at_the_cost(

@@ -29,7 +29,14 @@ from sae_core.steering_report.choosing import CHOOSING, Forecast, candidates
 from sae_core.steering_report.measuring import REPORTING, first_token_kl, open_embedder
 from sae_core.steering_report.rows import expected_to_rise, raised
 from sae_core.steering_report.writing import markdown
-from sae_core.steering_scores import NEUTRAL, build_steering, live_features, output_effects, suggest_strengths
+from sae_core.steering_scores import (
+    NEUTRAL,
+    build_steering,
+    live_features,
+    output_effects,
+    search_strength,
+    suggest_strengths,
+)
 from sae_core.steering_texts import (
     Condition,
     Subject,
@@ -41,6 +48,7 @@ from sae_core.steering_texts import (
     word_ids,
     write_texts,
 )
+from sae_core.steers import SteeringError
 from sae_core.study import LabelSettings, SteeringReportSettings, SteeringSettings
 
 D_SAE, DEAD, PLANTED = 12, 4, 7
@@ -164,6 +172,18 @@ def test_a_suggested_strength_is_the_largest_that_is_fluent(subject: Subject, bo
         update={"perplexity_ratio_max": bound, "repetition_max": 1.0, "strengths": (5.0, 50.0)}
     )
     assert suggest_strengths(subject, [PLANTED], settings) == {PLANTED: expected}
+
+
+def test_asked_about_one_feature_it_is_the_same_strength_step_by_step(subject: Subject) -> None:
+    settings = SETTINGS.model_copy(
+        update={"perplexity_ratio_max": 1e9, "repetition_max": 1.0, "strengths": (50.0, 5.0)}
+    )
+    assert list(search_strength(subject, PLANTED, settings)) == [0.0, 5.0, 50.0]
+    none = settings.model_copy(update={"perplexity_ratio_max": 1.0})
+    assert list(search_strength(subject, PLANTED, none)) == [0.0]
+    for feature, why in ((DEAD, "dead"), (-1, "does not exist")):
+        with pytest.raises(SteeringError, match=why):
+            next(search_strength(subject, feature, settings))
 
 
 def test_texts_are_steered_as_their_condition_says_and_draw_with_the_same_seeds(subject: Subject) -> None:

@@ -41,6 +41,20 @@ def test_three_columns_come_a_token_of_each_in_turn(client: TestClient, alive: i
     assert text(told, "default") == text(events(client), "default") == text(events(client), "steered")
 
 
+def test_a_strength_is_looked_for_where_none_was_yet(client: TestClient, atlas: Atlas):
+    rows = atlas.features.table().to_pylist()
+    feature = next(r["feature"] for r in rows if not r["is_dead"] and atlas.suggested_strength(r["feature"]) is None)
+    before = client.get(f"/api/steer/{atlas.dictionary}/{feature}").json()
+    found = client.post(f"/api/steer/{atlas.dictionary}/{feature}/strength").json()
+    assert (before["suggested_strength"], before["strength"]) == (None, 2)
+    assert found["suggested_strength"] in (0, 0.5, 1, 1.5, 2, 3, 4)
+    assert found["strength"] == (found["suggested_strength"] or 2)
+    dead = next((r["feature"] for r in rows if r["is_dead"]), None)
+    for other, status in ((dead, 400), (64, 404)):
+        if other is not None:
+            assert client.post(f"/api/steer/{atlas.dictionary}/{other}/strength").status_code == status
+
+
 def test_what_a_feature_has_on_a_token_is_what_the_text_page_says(client: TestClient, atlas: Atlas, alive: int):
     told = events(client, steering=[{"feature": alive, "strength": 0, "method": "add"}], max_tokens=20)
     values = [event["before"][0] for event in told if event.get("column") == "default"]

@@ -85,7 +85,10 @@ function rowOf(told, strength, method) {
   slider.setAttribute("aria-label", `Strength of feature ${told.feature}, in maxima`);
   exact.setAttribute("aria-label", `Exact strength of feature ${told.feature}`);
   methods.setAttribute("aria-label", `Method of feature ${told.feature}`);
-  row.querySelector("button").setAttribute("aria-label", `Remove feature ${told.feature}`);
+  const remove = row.querySelector(".remove"), search = row.querySelector(".search");
+  remove.setAttribute("aria-label", `Remove feature ${told.feature}`);
+  search.setAttribute("aria-label", `Find a strength for feature ${told.feature}`);
+  search.hidden = told.is_dead || told.suggested_strength !== null;
   exact.value = strength !== undefined && strength !== "" && isFinite(strength) ? Number(strength) : told.strength;
   if ([...methods.options].some((option) => option.value === method)) methods.value = method;
   const follow = () => {
@@ -96,7 +99,23 @@ function rowOf(told, strength, method) {
   slider.addEventListener("input", () => { exact.value = slider.value; follow(); });
   exact.addEventListener("input", follow);
   methods.addEventListener("input", follow);
-  row.querySelector("button").addEventListener("click", () => {
+  search.addEventListener("click", async () => {
+    search.disabled = true;
+    say("Looking for a strength …");
+    try {
+      const url = `/api/steer/${encodeURIComponent(address.dictionary)}/${told.feature}/strength`;
+      Object.assign(told, await (await get(url, { method: "POST" })).json());
+      exact.value = told.strength;
+      search.hidden = true;
+      say(told.suggested_strength ? `Texts were fluent up to ${told.suggested_strength}.` : "Texts were not fluent at any strength.");
+      follow();
+      saveState();
+    } catch (error) {
+      say(error.message);
+    }
+    search.disabled = false;
+  });
+  remove.addEventListener("click", () => {
     row.remove();
     $("none").hidden = list.children.length > 0;
     $("add").focus();
