@@ -10,7 +10,6 @@ other it is made when somebody asks (`search_strength`).
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,44 +178,48 @@ def suggest_strengths(
     conditions = [Condition(), *(Condition(Steer(i, strength)) for i in features for strength in tried)]
     if len(conditions) == 1:
         return {}
-    plain, *steered = _fluency(subject, conditions, settings, report)
-    found = {}
-    for place, feature in enumerate(features):
-        own = steered[place * len(tried) : (place + 1) * len(tried)]
-        passed = takewhile(lambda pair: _is_fluent(pair[1], plain, settings), zip(tried, own, strict=True))
-        found[feature] = max((strength for strength, _ in passed), default=0.0)
-    return found
+    plain, *steered = _by_condition(subject, _SUGGESTING, conditions, settings, settings.seed, report)
+    return {
+        feature: _fluent_up_to(plain, steered[place * len(tried) : (place + 1) * len(tried)], settings)
+        for place, feature in enumerate(features)
+    }
 
 
 def search_strength(subject: Subject, feature: int, settings: SteeringSettings) -> Iterator[float]:
-    """The same for one feature that somebody asks about: the largest found so far, after each strength that is tried.
+    """The same for one feature that somebody asks about: by the first prompt, by the first two, and by all.
 
     Raises SteeringError for a feature that is not there or dead.
     """
     check_steers([Steer(feature, 1.0)], subject.max_acts.numpy())
-    (plain,) = _fluency(subject, [Condition()], settings)
-    found = 0.0
-    yield found
-    for strength in sorted(settings.strengths):
-        (own,) = _fluency(subject, [Condition(Steer(feature, strength))], settings)
-        if not _is_fluent(own, plain, settings):
-            return
-        found = strength
-        yield found
+    conditions = [Condition(), *(Condition(Steer(feature, strength)) for strength in sorted(settings.strengths))]
+    found: list[list[Measures]] = [[] for _ in conditions]
+    for number, prompt in enumerate(_SUGGESTING):
+        own = _by_condition(subject, [prompt], conditions, settings, settings.seed + number)
+        for all_, some in zip(found, own, strict=True):
+            all_ += some
+        yield _fluent_up_to(found[0], found[1:], settings)
 
 
-def _fluency(
-    subject: Subject, conditions: Sequence[Condition], settings: SteeringSettings, report: Report = silent
-) -> list[Measures]:
-    """Means over the texts of each condition."""
-    s = settings
-    texts = write_texts(subject, _SUGGESTING, conditions, 1, s.max_tokens, s.temperature, s.seed, report)
-    own: list[list[Measures]] = [[] for _ in conditions]
+def _by_condition(
+    subject: Subject, prompts: Sequence[str], conditions: Sequence[Condition], settings: SteeringSettings, seed: int,
+    report: Report = silent,
+) -> list[list[Measures]]:  # fmt: skip
+    """Measures of each condition's texts."""
+    texts = write_texts(subject, prompts, conditions, 1, settings.max_tokens, settings.temperature, seed, report)
+    found: list[list[Measures]] = [[] for _ in conditions]
     for text, measures in zip(texts, measure_texts(subject, texts), strict=True):
-        own[text.condition].append(measures)
-    return [Measures(*np.mean(some, 0).tolist()) for some in own]
+        found[text.condition].append(measures)
+    return found
 
 
-def _is_fluent(own: Measures, plain: Measures, settings: SteeringSettings) -> bool:
-    ratio = math.exp(own.nll - plain.nll)  # not a number after an empty answer, which is no sign of anything
-    return not (ratio > settings.perplexity_ratio_max or own.repetition > settings.repetition_max)
+def _fluent_up_to(
+    plain: Sequence[Measures], steered: Sequence[Sequence[Measures]], settings: SteeringSettings
+) -> float:
+    """The largest strength up to which all texts are fluent, given those of each; 0 when not even the least is."""
+    base, found = np.mean(plain, 0)[0], 0.0
+    for strength, own in zip(sorted(settings.strengths), steered, strict=True):
+        nll, repeated = np.mean(own, 0).tolist()  # the first is no number after an empty answer, which says nothing
+        if math.exp(nll - base) > settings.perplexity_ratio_max or repeated > settings.repetition_max:
+            break
+        found = strength
+    return found
