@@ -43,6 +43,7 @@ def atlas(context: dg.AssetExecutionContext, config: AtlasRun, workshop: Worksho
     """The generation that readers see: promoted when no check fails and nothing is worse than in the one before."""
     from sae_core.generations import served
     from sae_core.promotion import build_atlas
+    from sae_core.serve.map_data import MapData
     from sae_core.word_index import WordIndex
 
     result = workshop.make(
@@ -52,7 +53,9 @@ def atlas(context: dg.AssetExecutionContext, config: AtlasRun, workshop: Worksho
         ),
         _report,
     )  # fmt: skip
-    WordIndex.open(served(workshop.store, context.partition_key), context.partition_key)  # so that no reader waits
+    readers = served(workshop.store, context.partition_key)
+    WordIndex.open(readers, context.partition_key)  # these two so that no reader waits
+    MapData(readers, context.partition_key)
     return result
 
 

@@ -161,7 +161,9 @@ class Atlas:
     def open_indexes(self) -> None:
         """Open and read what the first search and the first page would else wait for."""
         self._columns_of_features()
-        _ = self._meaning, self._names
+        _ = self._names
+        if self._meaning:
+            self._meaning.find("a")
         self.counter_examples.prepare()
         there = [stage for stage in ("labels", "neighbors") if self.store.manifest(stage, self.dictionary)]
         folders = [self.store.get(stage, self.dictionary).folder for stage in there]

@@ -15,23 +15,20 @@ as the scores of labels use it, tells written labels apart better (mean reciproc
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import faiss
 import numpy as np
 from jaxtyping import Float32, Int64
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
+from scipy.sparse import csr_matrix
 from tokenizers import Tokenizer
 
 from sae_core.artifacts import write_atomically
 from sae_core.features import Features
 from sae_core.labels.reader import LabelRow
 from sae_core.study import ModelSettings
-
-if TYPE_CHECKING:
-    from scipy.sparse import csr_matrix
 
 INDEX = "meaning.faiss"
 VECTORS = "meaning.safetensors"
@@ -51,10 +48,14 @@ class Meaning:
     """The names of all features, searched by meaning. Safe to use from several threads."""
 
     def __init__(self, folder: Path) -> None:
-        self._index = faiss.read_index(str(folder / INDEX), faiss.IO_FLAG_MMAP_IFC)
+        self._folder = folder
         self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-        vectors = safe_open(folder / VECTORS, framework="np")
-        self._tokens, self._middle = vectors.get_slice("tokens"), vectors.get_tensor("middle")
+        found = load_file(folder / VECTORS)
+        self._tokens, self._middle = found["tokens"], found["middle"]
+
+    @cached_property
+    def _index(self) -> faiss.Index:
+        return faiss.read_index(str(self._folder / INDEX), faiss.IO_FLAG_MMAP_IFC)
 
     @classmethod
     def open(cls, folder: Path) -> "Meaning | None":
@@ -77,11 +78,10 @@ class Meaning:
     def vectors(self, texts: Sequence[str]) -> Rows:
         """What texts mean: sums of their tokens' vectors, of length 1; 0 where the model has none of their tokens."""
         clean = [text.encode("utf-8", "replace").decode() for text in texts]
-        counts = _counts(self._tokenizer, [[(text, 1.0)] for text in clean], self._tokens.get_shape()[0])
-        used = np.unique(counts.indices)
-        rows = [self._tokens[i : i + 1][0] for i in used.tolist()]
-        known = np.array(rows, np.float32).reshape(len(rows), -1 if rows else len(self._middle))
-        return unit(np.asarray(counts[:, used] @ known, np.float32))
+        counts = _counts(self._tokenizer, [[(text, 1.0)] for text in clean], len(self._tokens))
+        used, places = np.unique(counts.indices, return_inverse=True)
+        few = csr_matrix((counts.data, places, counts.indptr), (len(texts), len(used)))
+        return unit(np.asarray(few @ self._tokens[used].astype(np.float32)))
 
 
 def write_meaning(model: ModelSettings, features: Features, rows: Sequence[LabelRow], folder: Path) -> None:
@@ -134,10 +134,8 @@ def _told_apart(vectors: Rows) -> Rows:
     return rows - rows @ shared @ shared.T
 
 
-def _counts(tokenizer: Tokenizer, named: Sequence[Weighted], n_vocab: int) -> "csr_matrix":
+def _counts(tokenizer: Tokenizer, named: Sequence[Weighted], n_vocab: int) -> csr_matrix:
     """How much each token counts in each name, before its rarity."""
-    from scipy.sparse import csr_matrix
-
     texts = [(i, text, weight) for i, name in enumerate(named) for text, weight in name]
     ids = _ids(tokenizer, [text for _, text, _ in texts])
     lengths = np.array([len(x) for x in ids], np.int64)

@@ -4,8 +4,11 @@ The table's rows lie along a Z-order curve (Morton 1966), so that features near 
 in the same few chunks. A browser reads whole columns without parsing; `tests/serve/test_map.py` states the layout.
 """
 
-from dataclasses import dataclass
+import json
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -14,14 +17,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Float32, Float64, Int64
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
-from sae_core.artifacts import ArtifactStore
+from sae_core.artifacts import ArtifactError, ArtifactStore, write_atomically
 from sae_core.features import Features
 from sae_core.labels.reader import BEST_SCORE, LABELS, doubted
 from sae_core.serve.cluster_names import cluster_names
 from sae_core.settings import fingerprint
 
 MAP = "map.parquet"
+VERSION = 1
+"""Of what is kept; another one where it is gathered otherwise."""
 
 COLUMNS = {"feature": "<i4", "x": "<f4", "y": "<f4", "cluster": "<i4", "density": "<f4", "score": "<f4"}
 """Columns of the binary table, one after the other; a missing score is NaN, cluster -1 is none."""
@@ -49,15 +56,14 @@ class MapData:
 
     def __init__(self, store: ArtifactStore, dictionary: str) -> None:
         self.dictionary = dictionary
-        made = store.get("feature_map", dictionary)
-        table = pq.read_table(made.folder / MAP)
+        self._map = store.get("feature_map", dictionary).folder / MAP
         self._features = Features.open(store.get("features", dictionary).folder)
         labels = store.get("labels", dictionary) if store.manifest("labels", dictionary) else None
-        self._labels = pq.read_table(labels.folder / LABELS) if labels else None
+        self._labels = labels.folder / LABELS if labels else None
         stages = (store.manifest(stage, dictionary) for stage in ("feature_map", "features", "labels"))
-        self.version = fingerprint([manifest.fingerprint for manifest in stages if manifest])
+        self.version = fingerprint([[manifest.fingerprint, manifest.made_at] for manifest in stages if manifest])
         """Another one when any of what is drawn has changed: for addresses that may be kept forever."""
-        self.columns = self._arrange(table)
+        self.columns, self.clusters = self._gathered(store.root / "search" / dictionary)
 
     def __len__(self) -> int:
         return len(self.columns["feature"])
@@ -92,25 +98,38 @@ class MapData:
         """What the feature is called; empty before labels are made."""
         return self._names[feature].as_py() if self._names is not None else ""
 
-    @cached_property
-    def clusters(self) -> list[Cluster]:
-        """All clusters, the largest first."""
-        numbers = self.columns["cluster"]
-        order = np.lexsort((-self.columns["density"], numbers))
+    def _gathered(self, home: Path) -> tuple[dict[str, np.ndarray], list[Cluster]]:
+        """The columns and the clusters, the largest first: kept from the first time on, where there is place for it."""
+        kept = home / f"map-{VERSION}-{self.version}.safetensors"
+        if kept.is_file():
+            with safe_open(kept, framework="np") as file:
+                told = json.loads(file.metadata()["clusters"])
+                return {name: file.get_tensor(name) for name in COLUMNS}, [Cluster(**cluster) for cluster in told]
+        columns = self._arrange(pq.read_table(self._map))
+        clusters = self._clusters(columns)
+        with suppress(OSError, ArtifactError):  # a store that cannot be written to is read all the same
+            home.mkdir(parents=True, exist_ok=True)
+            with write_atomically(kept) as path:
+                save_file(columns, path, {"clusters": json.dumps([asdict(cluster) for cluster in clusters])})
+            for old in home.glob("map-*.safetensors"):
+                if old != kept:
+                    old.unlink(missing_ok=True)
+        return columns, clusters
+
+    def _clusters(self, columns: dict[str, np.ndarray]) -> list[Cluster]:
+        numbers = columns["cluster"]
+        order = np.lexsort((-columns["density"], numbers))
         ids, start = np.unique(numbers[order], return_index=True)
-        names = self._cluster_names()
+        cluster_of = np.full(len(self._features), -1)
+        cluster_of[columns["feature"]] = numbers
+        names = cluster_names(self._features.columns("top_tokens", "top_token_shares"), cluster_of)
         found = []
         for cluster, members in zip(ids.tolist(), np.split(order, start[1:]), strict=True):
             if cluster >= 0:
-                x, y = (float(np.median(self.columns[axis][members])) for axis in "xy")
-                few = self.columns["feature"][members[:6]].tolist()
+                x, y = (float(np.median(columns[axis][members])) for axis in "xy")
+                few = columns["feature"][members[:6]].tolist()
                 found.append(Cluster(cluster, names.get(cluster, ""), x, y, len(members), few))
         return sorted(found, key=lambda c: -c.size)
-
-    def _cluster_names(self) -> dict[int, str]:
-        cluster = np.full(len(self._features), -1)
-        cluster[self.columns["feature"]] = self.columns["cluster"]
-        return cluster_names(self._features.columns("top_tokens", "top_token_shares"), cluster)
 
     def _arrange(self, table: pa.Table) -> dict[str, np.ndarray]:
         """The columns of all features that have a place, along the curve."""
@@ -125,10 +144,10 @@ class MapData:
 
     def _scores(self) -> Float64[np.ndarray, " d_sae"]:
         """How far to believe each label; NaN where it has no score."""
-        if self._labels is None or "scores" not in self._labels.column_names:
+        if self._labels is None or "scores" not in pq.read_schema(self._labels).names:
             return np.full(len(self._features), np.nan)
         database = duckdb.connect()
-        database.register("labels", self._labels)
+        database.register("labels", pq.read_table(self._labels, columns=["feature", "scores"]))
         found = database.execute(
             f"SELECT CAST({BEST_SCORE} AS DOUBLE) AS score FROM labels ORDER BY feature"
         ).fetchnumpy()
@@ -139,11 +158,13 @@ class MapData:
         """What each feature is called, by its number, as text shows it; None before labels are made."""
         if self._labels is None:
             return None
-        label, lexical = (self._labels[name].combine_chunks() for name in ("label", "lexical"))
+        wanted = ["label", "lexical", *({"beats_control"} & set(pq.read_schema(self._labels).names))]
+        table = pq.read_table(self._labels, columns=wanted)
+        label, lexical = (table[name].combine_chunks() for name in ("label", "lexical"))
         name = pc.coalesce(pc.if_else(pc.equal(label, ""), None, label), lexical, "")
-        if "beats_control" not in self._labels.column_names:
+        if "beats_control" not in wanted:
             return name
-        is_worse = pc.fill_null(pc.invert(self._labels["beats_control"].combine_chunks()), False)
+        is_worse = pc.fill_null(pc.invert(table["beats_control"].combine_chunks()), False)
         return pc.if_else(is_worse, pc.binary_join_element_wise(name, doubted("", False), ""), name)
 
 

@@ -136,7 +136,7 @@ def test_a_map_without_labels_still_has_its_places(tiny_atlas: Path, atlas: Atla
 
 
 def test_places_that_are_no_numbers_are_left_out(tiny_atlas: Path, atlas: Atlas, tmp_path: Path) -> None:
-    shutil.copytree(tiny_atlas, tmp_path / "atlas")
+    shutil.copytree(tiny_atlas, tmp_path / "atlas", ignore=shutil.ignore_patterns("search"))
     store = ArtifactStore(tmp_path / "atlas")
     path = store.get("feature_map", atlas.dictionary).folder / "map.parquet"
     rows = pq.read_table(path)
@@ -145,6 +145,26 @@ def test_places_that_are_no_numbers_are_left_out(tiny_atlas: Path, atlas: Atlas,
     pq.write_table(rows.set_column(1, "x", pa.array(x)), path)
     data = MapData(store, atlas.dictionary)
     assert sorted({*range(len(x))} - {*data.columns["feature"].tolist()}) == [3, 5]
+
+
+def test_what_was_gathered_once_is_read_from_then_on_and_nothing_is_written_where_nothing_can_be(
+    tiny_atlas: Path, atlas: Atlas, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_atlas, tmp_path / "atlas", ignore=shutil.ignore_patterns("search"))
+    store, home = ArtifactStore(tmp_path / "atlas"), tmp_path / "atlas" / "search" / atlas.dictionary
+    home.parent.write_text("a file, so that no folder can be made here")
+    first = MapData(store, atlas.dictionary)
+    home.parent.unlink()
+    home.mkdir(parents=True)
+    (home / "map-0-of-before.safetensors").touch()
+    MapData(store, atlas.dictionary)
+    (kept,) = home.iterdir()
+    store.get("feature_map", atlas.dictionary).folder.joinpath("map.parquet").unlink()
+    again = MapData(store, atlas.dictionary)
+    assert first.version in kept.name
+    assert again.to_bytes() == first.to_bytes()
+    assert again.summary() == first.summary()
+    assert again.clusters == first.clusters
 
 
 def test_the_z_order_keeps_neighbors_together() -> None:
