@@ -85,7 +85,7 @@ CODERS = (
 (HOME / "studies" / "coders.toml").write_text(CODERS, "utf-8")
 
 CIRCUITS = (
-    TINY_STUDY.replace("layer = 2", "layer = [1, 2]")
+    TINY_STUDY.replace("layer = 2", "layer = [1, 2]").replace("tokens = 20_000", "tokens = 2_000")
     + '[circuits]\ntasks = ["mini"]\nfolder = "../tasks"\nnodes = 12\nsteps = 2\n'
 )
 """Two layers, and a task whose prompts a random model gets right about every second time."""

@@ -16,7 +16,7 @@ import torch
 from sae_core.circuits.export import attribution_graph
 from sae_core.circuits.faithfulness import Point, curve
 from sae_core.circuits.graph import Edge, Node, edges, effects, means, nodes
-from sae_core.circuits.network import Batch, CircuitError, Network
+from sae_core.circuits.network import Batch, CircuitError, Network, Row
 from sae_core.circuits.reader import CIRCUIT, GRAPH, Circuit, CircuitEdge, CircuitNode, CircuitPlace, CircuitPoint
 from sae_core.circuits.tasks import Prompt, Task
 from sae_core.pretrained import expected_bos
@@ -37,7 +37,7 @@ class Read(NamedTuple):
     against: int
 
     @property
-    def row(self) -> tuple[list[int], list[int] | None, int, int]:
+    def row(self) -> Row:
         """As `Network.batches` takes it."""
         return self.ids, self.contrast, self.target, self.against
 

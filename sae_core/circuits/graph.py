@@ -18,7 +18,7 @@ exactly, errors of later places included (tested). `steps` of integrated gradien
 from the base to x, at one place at a time, in place of its value at x (Marks et al.'s better estimate).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -124,12 +124,12 @@ def gradients(
     return found
 
 
-def _slopes(network: Network, batch: Batch, moved: object) -> list[Tensor]:
+def _slopes(network: Network, batch: Batch, moved: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
     """dm/dx at every place, where x is what `moved` makes of it."""
     kept: list[Tensor] = []
 
     def keep(number: int, read: Tensor, x: Tensor) -> Tensor:
-        x = moved(number, x)  # type: ignore[operator]
+        x = moved(number, x)
         kept.append(x if x.requires_grad else x.detach().requires_grad_())
         return kept[-1]
 
@@ -243,9 +243,7 @@ class _Cut:
         self._leaves.append(x.detach().requires_grad_())
         return self._leaves[-1]
 
-    def through(
-        self, node: Node, seen: Seen, slope: Float32[Tensor, "batch length d_model"]
-    ) -> Float32[Tensor, ""]:  # fmt: skip
+    def through(self, node: Node, seen: Seen, slope: Float32[Tensor, "batch length d_model"]) -> Float32[Tensor, ""]:
         """What is explained as it hangs on the node alone, which is read off what comes to its place."""
         place = self._network.places[node.place].dictionary
         read, x = self._came[node.place]

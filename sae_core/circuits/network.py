@@ -28,6 +28,8 @@ from sae_core.study import Study
 BATCH_ACTS = 2**24
 """Dense feature activations of one place that are held at once: prompts of a batch, times their length, times d_sae."""
 
+Row = tuple[list[int], list[int] | None, int, int]
+"""A prompt: its tokens, those of its contrast, the token that should follow, and one that should not."""
 Visit = Callable[[int, Tensor, Tensor], Tensor]
 """Takes the number of a place, what is read there and what is there, [batch, length, d_model], float32, and returns
 what shall be there."""
@@ -45,7 +47,8 @@ class Coordinates:
 
     def __init__(self, d_model: int, device: torch.device) -> None:
         self.d_sae = d_model
-        self.W_dec = torch.eye(d_model, device=device)
+        self.W_enc = self.W_dec = torch.eye(d_model, device=device)
+        self.b_enc = torch.zeros(d_model, device=device)
 
     def encode(self, x: Float32[Tensor, "batch d_model"]) -> Float32[Tensor, "batch d_model"]:
         """x itself."""
@@ -157,8 +160,9 @@ class Network:
     def visited(self, visit: Visit | None) -> ExitStack:
         """Inside the `with`, forward passes go through `visit` at every place."""
         stack = ExitStack()
-        for number, place in enumerate(self.places if visit else ()):
-            stack.enter_context(self.lm.edit_from(place.reads, place.acts_at, partial(_in_its_type, visit, number)))
+        if visit is not None:
+            for number, place in enumerate(self.places):
+                stack.enter_context(self.lm.edit_from(place.reads, place.acts_at, partial(_in_its_type, visit, number)))
         return stack
 
     @torch.no_grad()
@@ -177,10 +181,8 @@ class Network:
         self.value(batch, look)
         return found
 
-    def batches(
-        self, prompts: Sequence[tuple[list[int], list[int] | None, int, int]]
-    ) -> Iterator[Batch]:  # fmt: skip
-        """Prompts (tokens, those of the contrast, target, other) of equal length together, the shortest first."""
+    def batches(self, prompts: Sequence[Row]) -> Iterator[Batch]:
+        """Prompts of equal length together, the shortest first."""
         widest = max((place.dictionary.d_sae for place in self.places), default=self.lm.d_model)
         for length, same in groupby(sorted(prompts, key=lambda prompt: len(prompt[0])), lambda p: len(p[0])):
             rows, most = list(same), max(1, BATCH_ACTS // (length * widest))

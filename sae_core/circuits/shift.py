@@ -293,8 +293,8 @@ class Shift:
         for _ in range(DRAWS):
             some = [pool[i] for i in rng.choice(len(pool), min(count, len(pool)), replace=False)]
             drawn.append(self._score("", self.probe, self.read(self.test, self.without(some)), count))
-        mean = [float(np.mean([getattr(score, name) for score in drawn])) for name in ("label", "cue", "worst")]
-        return Score(f"features of the circuit at random, {DRAWS} draws", *mean, count, None)
+        label, cue, worst = (float(np.mean([getattr(s, name) for s in drawn])) for name in ("label", "cue", "worst"))
+        return Score(f"features of the circuit at random, {DRAWS} draws", label, cue, worst, count, None)
 
     def _neurons(self, count: int) -> Score:
         """As many coordinates, by their effect when the cue is exchanged, put to their means."""
