@@ -74,12 +74,12 @@ def shift(
 
     wanted, store = STUDIES.get(name), ArtifactStore(home())
     _check_sites(wanted)
+    layers = sorted({one.site.layer for one, _ in wanted.first_trainings})
+    last = layers[len(layers) // 2] if layer is None else layer
+    if last not in layers:
+        raise MindAtlasError(f"no dictionary at layer {last}: there are {', '.join(map(str, layers))}")
     lm = LanguageModel.load(wanted.model, precision="float32")
-    places = Network(lm, places_of(store, wanted, lm.device)).places
-    last = places[len(places) // 2].order[0] if layer is None else layer
-    network = Network(lm, [place for place in places if place.order[0] <= last])
-    if last not in [place.order[0] for place in places]:
-        raise MindAtlasError(f"no dictionary at layer {last}: there are {', '.join(str(p.order[0]) for p in places)}")
+    network = Network(lm, places_of(store, wanted, lm.device, last))
     corpus = store.get("corpus", wanted.corpus.name).folder
     run = Shift(network, corpus, load_biographies(), each=each)
     keys = [(node.place, node.feature) for node in (*run.circuit, *run.by_cue[:100])]
@@ -88,7 +88,9 @@ def shift(
     count = len(next(iter(chosen.values())))
     chosen["SHIFT, by exchanging the cue"] = [node for node in run.by_cue if node.feature >= 0][:count]
     scores = run.measure(chosen)
-    taken = [(places[n.place].order[0], n, names.get((n.place, n.feature), "")) for n in next(iter(chosen.values()))]
+    taken = [
+        (network.places[n.place].order[0], n, names.get((n.place, n.feature), "")) for n in next(iter(chosen.values()))
+    ]
     if json_:
         rows = [{"layer": at, "feature": n.feature, "effect": n.effect, "label": label} for at, n, label in taken]
         print_json({"taken_out": rows, "scores": [score._asdict() for score in scores]})

@@ -99,7 +99,8 @@ def ask(network: Network, task: Task) -> Asked:
         pairs = list(zip(reads[::2], reads[1::2], strict=True))
         units = [[a._replace(contrast=b.ids), b._replace(contrast=a.ids)] for a, b in pairs if len(a.ids) == len(b.ids)]
         aligned = len(units) / len(pairs)
-    right = [unit for unit in units if all(_is_right(network, one) for one in unit)]
+    done = {one.prompt: _is_right(network, one) for one in reads}
+    right = [unit for unit in units if all(done[one.prompt] for one in unit)]
     if len(right) < _LEAST:
         what = "pairs" if task.paired else "prompts"
         raise CircuitError(
@@ -107,7 +108,7 @@ def ask(network: Network, task: Task) -> Asked:
             "give the task more prompts, or the study a larger model"
         )
     find, test = ([one for unit in right[start::2] for one in unit] for start in (0, 1))
-    return Asked(find, test, sum(_is_right(network, one) for one in reads) / len(reads), aligned, notes)
+    return Asked(find, test, sum(done[one.prompt] for one in reads) / len(reads), aligned, notes)
 
 
 def _read(network: Network, prompt: Prompt, notes: list[str]) -> Read:

@@ -95,7 +95,7 @@ def curve(
     network: Network, find: Sequence[Batch], test: Sequence[Batch], found: Sequence[Node], kept: int = 0,
     steps: int = 0, seed: int = 0, report: Report = silent,
 ) -> tuple[list[Point], dict[str, float]]:  # fmt: skip
-    """Faithfulness and completeness against the number of nodes, by doubling, beside random features and neurons.
+    """Faithfulness and completeness at 1, 4, 16 and so on nodes, and at all, beside random features and neurons.
 
     Args:
         network: the model and its dictionaries.
@@ -119,7 +119,7 @@ def curve(
     features = [key for key in ranked if key[1] != ERROR]
     others = [_key(node) for node in by_effect if node.feature != ERROR]
     points = [Point("circuit", 0, 0.0, 0.0, 0.0), Point("without", 0, 1.0, 1.0, 1.0)]
-    sizes = sorted({*_sizes(max(len(ranked), len(others))), len(ranked), len(features), len(others), kept} - {0})
+    sizes = sorted({*_sizes(max(len(ranked), len(others))), len(ranked), len(others), kept} - {0})
     for done, n in enumerate(sizes, 1):
         if n <= len(ranked):
             top = set(ranked[:n])
@@ -149,8 +149,8 @@ def coordinates(place: Place) -> Place:
 
 
 def _sizes(most: int) -> list[int]:
-    """1, 2, 4 and so on, and all."""
-    return [*(2**i for i in range(most.bit_length()) if 2**i < most), most]
+    """1, 4, 16 and so on, below the most."""
+    return [4**i for i in range(most.bit_length()) if 4**i < most]
 
 
 def _point(kind: str, n: int, values: list[float]) -> Point:

@@ -99,10 +99,17 @@ class Place:
         return acts, x - self.decode(acts)
 
 
-def places_of(store: ArtifactStore, study: Study, device: torch.device) -> list[Place]:
-    """The first dictionary of each of a study's sites, where it is. Raises ArtifactError when one is not made."""
+def places_of(
+    store: ArtifactStore, study: Study, device: torch.device, last_layer: int | None = None
+) -> list[Place]:  # fmt: skip
+    """The first dictionary of each of a study's sites, up to a layer, where it is.
+
+    Raises ArtifactError when one is not made.
+    """
     found = []
     for one, settings in study.first_trainings:
+        if last_layer is not None and one.site.layer > last_layer:
+            continue
         slug = one.spec(settings).slug
         dictionary = Dictionary.load(store.get("dictionary", slug).folder, device)
         bound, read = sink_norm(store.get("activations", one.site.slug)), (one.site.hook, one.site.layer)

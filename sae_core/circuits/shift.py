@@ -13,6 +13,7 @@ does not); the words of the cue taken out of the texts; and a probe trained on t
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ BIOGRAPHIES = Path(__file__).with_name("biographies.toml")
 EACH = 32
 """Texts of each group: of a label, and of a cue."""
 DRAWS = 3
-_HELD_OUT = 4096
+_HELD_OUT = 2048
 """Tokens of held-out text on which the loss is measured."""
 _LAST = 2
 """In `names` and `words`: what takes the cue out."""
@@ -270,22 +271,25 @@ class Shift:
 
         return take
 
-    @torch.no_grad()
     def loss(self, features: Sequence[Node]) -> float:
         """By how much the loss on held-out text rises without some features, nats a token."""
+        return self._loss(self.without(features)) - self._clean_loss
+
+    @cached_property
+    def _clean_loss(self) -> float:
+        return self._loss(None)
+
+    @torch.no_grad()
+    def _loss(self, visit: Visit | None) -> float:
         blocks = Corpus.open(self._corpus).held_out
         n = max(1, _HELD_OUT // blocks.token_ids.shape[1])
         ids, documents = (torch.as_tensor(column[:n]).long() for column in (blocks.token_ids, blocks.documents))
-        counted = (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0)
-        lm, losses = self.network.lm, []
-        for visit in (None, self.without(features)):
-            total = 0.0
-            with self.network.visited(visit):
-                for row, mask in zip(ids, counted, strict=True):
-                    logits = lm.logits(row[None])[0, :-1].float()
-                    total += float(cross_entropy(logits[mask], row[1:][mask].to(lm.device), reduction="sum"))
-            losses.append(total / int(counted.sum()))
-        return losses[1] - losses[0]
+        counted, total = (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0), 0.0
+        with self.network.visited(visit):
+            for row, mask in zip(ids.to(self.network.lm.device), counted, strict=True):
+                logits = self.network.lm.logits(row[None])[0, :-1].float()
+                total += float(cross_entropy(logits[mask], row[1:][mask], reduction="sum"))
+        return total / int(counted.sum())
 
     def _at_random(self, count: int) -> Score:
         rng, drawn = np.random.default_rng(self.seed), []

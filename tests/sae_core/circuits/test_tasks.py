@@ -19,7 +19,7 @@ def test_the_shipped_tasks_have_prompts_enough_and_no_two_alike() -> None:
 
 def test_the_prompts_of_a_pair_ask_for_each_others_tokens() -> None:
     pairs = {task.name: task.pairs for task in load_tasks()}
-    assert len(pairs["agreement"]) == 24
+    assert len(pairs["agreement"]) == 16
     assert pairs["professions"]
     assert pairs["brackets"] == []
     for one, other in (*pairs["agreement"], *pairs["professions"]):
