@@ -119,9 +119,13 @@ def gradients(
         total = torch.zeros_like(far[number].x)
         for step in range(steps):
             back = (1 - (step + 0.5) / steps) * far[number].x
-            total += _slopes(network, batch, lambda at, x, n=number, b=back: x - b if at == n else x)[number] / steps
+            total += _slopes(network, batch, _back(number, back))[number] / steps
         found.append(total)
     return found
+
+
+def _back(number: int, by: Tensor) -> Callable[[int, Tensor], Tensor]:
+    return lambda at, x: x - by if at == number else x
 
 
 def _slopes(network: Network, batch: Batch, moved: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
@@ -168,7 +172,7 @@ def effects(
         slopes = gradients(network, batch, far, steps)
         for number, (place, s, f, g) in enumerate(zip(network.places, seen, far, slopes, strict=True)):
             of_features = ((g.flatten(0, 1) @ place.dictionary.W_dec.T).view_as(f.acts) * f.acts).sum((0, 1))
-            most, missed = s.acts.amax(1), s.error.norm(dim=2).amax(1)
+            most, missed = s.acts.abs().amax(1), s.error.norm(dim=2).amax(1)
             new = Effects(
                 torch.cat([of_features, (g * f.error).sum()[None]]),
                 torch.cat([most.sum(0), missed.sum()[None]]),
