@@ -52,7 +52,7 @@ def test_what_cannot_be_done_is_said_in_one_line(
     monkeypatch.setattr("pipelines.commands.circuits.home", lambda: circuit_store)
     with pytest.raises(MindAtlasError, match=why) as refused:
         CliRunner().invoke(
-            command, [*arguments, *(["--each", "4"] if command is shift else [])], obj=False, catch_exceptions=False
+            command, [*arguments, *(["--each", "8"] if command is shift else [])], obj=False, catch_exceptions=False
         )
     assert "\n" not in str(refused.value)
 
@@ -64,7 +64,7 @@ def test_a_feature_that_is_none_is_a_usage_error():
 
 
 def test_shift_tells_what_it_takes_out_and_what_stands_beside_it(circuit_store: Path, monkeypatch: pytest.MonkeyPatch):
-    arguments = ("tiny-circuits", "--feature", "1:3", "--feature", "2:5", "--each", "4", "--json")
+    arguments = ("tiny-circuits", "--feature", "1:3", "--feature", "2:5", "--each", "8", "--json")
     told = json.loads(run(shift, *arguments, root=circuit_store, monkeypatch=monkeypatch))
     assert [(row["layer"], row["feature"]) for row in told["taken_out"]] == [(1, 3), (2, 5)]
     assert {"as trained", "SHIFT, by hand", "SHIFT, by exchanging the cue", "oracle: trained on balanced texts"} <= {
