@@ -27,3 +27,13 @@ corpus_of_dictionary = dg.StaticPartitionMapping({
     corpus: {d for d in STUDIES.dictionaries if STUDIES.corpus_of(STUDIES.site_of(d)) == corpus}
     for corpus in STUDIES.corpora
 })  # fmt: skip
+
+circuits = dg.StaticPartitionsDefinition(sorted(STUDIES.circuits))
+dictionaries_of_circuit = dg.StaticPartitionMapping({
+    dictionary: {c for c in STUDIES.circuits if dictionary in STUDIES.dictionaries_of(c)}
+    for dictionary in STUDIES.dictionaries
+})  # fmt: skip
+sites_of_circuit = dg.StaticPartitionMapping({
+    site: {c for c in STUDIES.circuits if site in map(STUDIES.site_of, STUDIES.dictionaries_of(c))}
+    for site in STUDIES.sites
+})  # fmt: skip

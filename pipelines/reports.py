@@ -11,6 +11,7 @@ import click
 from pipelines.console import out, print_json, table
 from sae_core.artifacts import Made, write_atomically
 from sae_core.circuits.answer import Answer, Why
+from sae_core.circuits.reader import ERROR, Circuit
 from sae_core.errors import MindAtlasError
 from sae_core.labels.reader import doubted
 from sae_core.prompt_search import Contrast
@@ -80,6 +81,51 @@ def _show_why(why: Why) -> None:
         for c in why.causes
     ]  # fmt: skip
     out.print(table(("at", "token", "feature", "activation", "attribution", "ablation", "label"), rows))
+
+
+def show_circuit(found: Circuit, labels: dict[tuple[int, int], str], limit: int) -> None:
+    """Its largest nodes and edges, and how faithful it is."""
+    out.print(f"{found.task}: {found.description}", style="bold", markup=False)
+    share = f"; {found.aligned:.0%} of the pairs have as many tokens" if found.paired else ""
+    out.print(
+        f"the model gets {found.right:.0%} of the prompts right{share}; {found.found_on} found it, "
+        f"{len(found.prompts) - found.found_on} measured it", markup=False,
+    )  # fmt: skip
+    for note in found.notes:
+        out.print(f"note: {note}", markup=False)
+    layers = [f"{place.hook} {place.layer}" for place in found.places]
+
+    def name(place: int, feature: int) -> str:
+        return "output" if place < 0 else f"{layers[place]}: {'error' if feature == ERROR else feature}"
+
+    rows = [
+        (name(n.place, n.feature), f"{n.effect:+.3f}", n.act, f"{n.prompts:.0%}", labels[n.place, n.feature])
+        for n in found.nodes[:limit]
+    ]
+    out.print(table(("node", "effect", "activation", "fires", "label"), rows))
+    links = [
+        (name(e.source_place, e.source_feature), name(e.target_place, e.target_feature), f"{e.weight:+.3f}")
+        for e in found.edges[:limit]
+    ]
+    out.print(table(("from", "to", "weight"), links))
+    by_size: dict[int, dict[str, str]] = {}
+    for point in found.curve:
+        by_size.setdefault(point.nodes, {})[point.kind] = f"{point.faithfulness:.2f}"
+    kinds = ("circuit", "without", "random", "features", "random_features", "neurons")
+    curve = [(n, *(by_size[n].get(kind, "") for kind in kinds)) for n in sorted(by_size) if n]
+    out.print(table(("nodes", *(kind.replace("_", " ") for kind in kinds)), curve))
+
+
+def show_shift(taken: Sequence[tuple[int, Any, str]], scores: Sequence[Any]) -> None:
+    """What was taken out of a probe, and how it does."""
+    rows = [(layer, node.feature, f"{node.effect:+.3f}", label) for layer, node, label in taken]
+    out.print(table(("layer", "feature", "effect", "label"), rows))
+    told = [
+        (s.how, f"{s.label:.1%}", f"{s.cue:.1%}", f"{s.worst:.1%}", s.features,
+         "" if s.loss is None else f"{s.loss:+.4f}")
+        for s in scores
+    ]  # fmt: skip
+    out.print(table(("probe", "label", "cue", "worst group", "taken out", "loss elsewhere"), told))
 
 
 def show_report(made: Made, json_: bool) -> None:

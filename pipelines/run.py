@@ -7,6 +7,7 @@ import dagster as dg
 
 from assets.activations import activations
 from assets.atlas import atlas
+from assets.circuits import circuit
 from assets.corpus import corpus
 from assets.dictionary import dictionary
 from assets.feature_map import feature_map
@@ -14,18 +15,18 @@ from assets.features import features
 from assets.labels import labels
 from assets.multilingual import multilingual
 from assets.neighbors import neighbors
-from assets.partitions import corpora, dictionaries, sites
+from assets.partitions import circuits, corpora, dictionaries, sites
 from assets.resources import STUDY_TAG, Workshop
 from assets.safety import behaviors, safety
 from assets.steering import steering, steering_report
 from sae_core.artifacts import ATLAS, ArtifactStore, Recipe, Status
 from sae_core.generations import why_refused
-from sae_core.stages import ON_DEMAND, VERSIONS, recipes
+from sae_core.stages import ON_DEMAND, PER_STUDY, VERSIONS, recipes
 from sae_core.study import Study
 
 ASSETS = [
     corpus, activations, dictionary, features, neighbors, feature_map, steering, labels, atlas, steering_report, safety,
-    behaviors, multilingual,
+    behaviors, multilingual, circuit,
 ]  # fmt: skip
 
 make_corpus = dg.define_asset_job(
@@ -36,14 +37,17 @@ make_activations = dg.define_asset_job(
 )
 make_dictionary = dg.define_asset_job(
     "make_dictionary",
-    selection="key:dictionary+ and not group:reports",
+    selection="key:dictionary+ and not group:reports and not group:circuits",
     partitions_def=dictionaries,
     description="One dictionary and everything that follows from it.",
 )
 make_reports = dg.define_asset_job(
     "make_reports", selection="group:reports", partitions_def=dictionaries, description="What is made on demand."
 )
-STAGE_JOBS = [make_corpus, make_activations, make_dictionary, make_reports]
+make_circuits = dg.define_asset_job(
+    "make_circuits", selection="group:circuits", partitions_def=circuits, description="One task's circuit."
+)
+STAGE_JOBS = [make_corpus, make_activations, make_dictionary, make_reports, make_circuits]
 
 
 class Step(NamedTuple):
@@ -76,13 +80,13 @@ def bring_up_to_date(
         study: what is wanted.
         workshop: where it is made.
         instance: where Dagster keeps its runs.
-        until: nothing that comes after this stage is made.
+        until: nothing that comes after this stage is made; after the last one come the circuits that a study names.
         log_level: of Dagster's console log.
 
     Raises:
         Exception: what the failing stage raised; what was made before stays.
     """
-    wanted = list(VERSIONS)[: list(VERSIONS).index(until) + 1]
+    wanted = list(VERSIONS)[: list(VERSIONS).index(until) + 1] + (list(PER_STUDY) if until == ATLAS else [])
     for recipe in (recipe for recipe in recipes(study) if recipe.stage in wanted):
         step = Step(recipe, _status(study, workshop.store, recipe))
         if step.status.state not in {"made", "refused"}:
@@ -96,7 +100,8 @@ def materialize(
 ) -> None:  # fmt: skip
     """One stage of a study, as one Dagster run; `config` is its run config. Raises what the stage raises."""
     defs = dg.Definitions(assets=ASSETS, jobs=STAGE_JOBS, resources={"workshop": workshop})
-    stage_job = {"corpus": "make_corpus", "activations": "make_activations"} | dict.fromkeys(ON_DEMAND, "make_reports")
+    stage_job = {"corpus": "make_corpus", "activations": "make_activations", "circuit": "make_circuits"}
+    stage_job |= dict.fromkeys(ON_DEMAND, "make_reports")
     defs.resolve_job_def(stage_job.get(stage, "make_dictionary")).execute_in_process(
         partition_key=slug,
         asset_selection=[dg.AssetKey(stage)],

@@ -177,6 +177,16 @@ CHECKS: dict[str, list[Check]] = {
             _number("n_not_finite"), lambda wanted, order: Bounds(high=0),
         ),
     ],
+    "circuit": [
+        Check(
+            "adds_up", "How far features and errors together are from the model as it is, as a share of what it says.",
+            _number("adds_up"), lambda wanted, order: Bounds(high=0.01),
+        ),
+        Check(
+            "beats_random", "Faithfulness of the circuit, less that of as many random features with the same errors.",
+            lambda s: float(s["faithfulness"] - s["random"]), lambda wanted, order: Bounds(low=0), warns=True,
+        ),
+    ],
     "multilingual": [
         Check(
             "beyond_chance", "Similarity of true pairs of texts, less that of shuffled ones.",

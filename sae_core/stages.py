@@ -9,6 +9,8 @@
 and, when they are asked for, the reports `safety` (of features and steering), `behaviors` (of the features that it
 found) and `multilingual`.
 
+The first dictionaries of all sites of a study together make `circuit`, one for each task that the study names.
+
 A stage's version is raised when its code gives another result for the same settings.
 """
 
@@ -17,6 +19,7 @@ from typing import Any
 
 from sae_core.artifacts import ArtifactStore, Made, Recipe
 from sae_core.catalog import identify_dictionary, identify_model, identify_text
+from sae_core.names import Site
 from sae_core.settings import Settings
 from sae_core.study import BehaviorSettings, CorpusSettings, DictionarySettings, LabelSettings, ModelSettings, Study
 
@@ -27,6 +30,9 @@ VERSIONS = {
 
 ON_DEMAND = {"steering_report": 3, "safety": 2, "multilingual": 2, "behaviors": 1}
 """Versions of the stages that are no part of an atlas, and made when somebody asks for them."""
+
+PER_STUDY = {"circuit": 1}
+"""Versions of the stages that are made of several dictionaries of a study, when the study asks for them."""
 
 
 def recipes(study: Study, on_demand: bool = False) -> Iterator[Recipe]:
@@ -43,10 +49,14 @@ def recipes(study: Study, on_demand: bool = False) -> Iterator[Recipe]:
         for site in study.all_sites
     }
     yield from sites.values()
+    trained: dict[str, Recipe] = {}
     for one, dictionary in study.trainings:
         written = one.written(dictionary)
         read, also = sites[one.site], [sites[one.named(written)]] if written else []
-        yield from _dictionary_recipes(one, dictionary, corpus, read, also, on_demand)
+        for recipe in _dictionary_recipes(one, dictionary, corpus, read, also, on_demand):
+            trained |= {recipe.slug: recipe} if recipe.stage == "dictionary" else {}
+            yield recipe
+    yield from _circuit_recipes(study, sites, trained)
 
 
 def report_of(store: ArtifactStore, stage: str, slug: str) -> Made | None:
@@ -86,8 +96,22 @@ def _dictionary_recipes(
         yield _recipe("multilingual", slug, _settings(study.multilingual), *parents)
 
 
+def _circuit_recipes(study: Study, sites: dict[Site, Recipe], trained: dict[str, Recipe]) -> Iterator[Recipe]:
+    """The circuits of the study's tasks, each with its task's content."""
+    if not study.circuits.tasks:
+        return
+    from sae_core.circuits.tasks import tasks_of
+
+    parents: list[Recipe] = []
+    for one, dictionary in study.first_trainings:
+        parents += [sites[one.site], trained[one.spec(dictionary).slug]]
+    for task in tasks_of(study.circuits):
+        settings = _settings(study.circuits) | {"tasks": [], "folder": "", "task": _settings(task)}
+        yield _recipe("circuit", study.circuit_slug(task.name), settings, *parents)
+
+
 def _recipe(stage: str, slug: str, settings: dict[str, Any], *parents: Recipe) -> Recipe:
-    return Recipe(stage, slug, (VERSIONS | ON_DEMAND)[stage], settings, parents)
+    return Recipe(stage, slug, (VERSIONS | ON_DEMAND | PER_STUDY)[stage], settings, parents)
 
 
 def _settings(settings: Settings) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class Studies:
         self.corpora: dict[str, Order] = {}
         self.sites: dict[str, Order] = {}
         self.dictionaries: dict[str, Order] = {}
+        self.circuits: dict[str, Order] = {}
         for study in studies:
             self._add(study)
 
@@ -90,7 +91,7 @@ class Studies:
 
         Raises StudyError when no study asks for it.
         """
-        orders = orders_of(self.get(study)) if study else (self.corpora, self.sites, self.dictionaries)
+        orders = orders_of(self.get(study)) if study else self._tables
         for table in orders:
             if slug in table:
                 return table[slug]
@@ -106,9 +107,17 @@ class Studies:
         written = order.study.written(order.trained)
         return {order.study.site.slug} | ({order.study.named(written).slug} if written else set())
 
+    def dictionaries_of(self, circuit: str) -> set[str]:
+        """Slugs of the dictionaries that a circuit is made of."""
+        return {one.spec(dictionary).slug for one, dictionary in self.circuits[circuit].study.first_trainings}
+
     def corpus_of(self, site: str) -> str:
         """Name of the corpus that a site is read over."""
         return self.sites[site].study.corpus.name
+
+    @property
+    def _tables(self) -> tuple[dict[str, Order], ...]:
+        return self.corpora, self.sites, self.dictionaries, self.circuits
 
     def _add(self, study: Study) -> None:
         if study.name in self.by_name:
@@ -125,9 +134,8 @@ class Studies:
             "behaviors",
             "multilingual",
         )
-        sections = ("model", "corpus"), ("model", "corpus", "activations"), ("dictionary", *after)
-        tables = (self.corpora, self.sites, self.dictionaries)
-        for table, orders, named in zip(tables, orders_of(study), sections, strict=True):
+        sections = ("model", "corpus"), ("model", "corpus", "activations"), ("dictionary", *after), ("circuits",)
+        for table, orders, named in zip(self._tables, orders_of(study), sections, strict=True):
             for slug, order in orders.items():
                 _enter(table, slug, order, *named)
 
@@ -138,6 +146,7 @@ class Orders(NamedTuple):
     corpora: dict[str, Order]
     sites: dict[str, Order]
     dictionaries: dict[str, Order]
+    circuits: dict[str, Order]
 
 
 def orders_of(study: Study) -> Orders:
@@ -146,6 +155,7 @@ def orders_of(study: Study) -> Orders:
         {study.corpus.name: Order(study, None)},
         {study.named(site).slug: Order(study.at(site), None) for site in study.all_sites},
         {one.spec(dictionary).slug: Order(one, dictionary) for one, dictionary in study.trainings},
+        {study.circuit_slug(task): Order(study, None) for task in study.circuits.tasks},
     )
 
 

@@ -446,6 +446,25 @@ class MultilingualSettings(Settings):
     """Choice of the verses, and of the pairings."""
 
 
+class CircuitSettings(Settings):
+    """Which features the study's tasks rest on, and which of them make which: of the first dictionary of each site."""
+
+    tasks: list[str] = Field(default=[])
+    """Names of tasks (`agreement`, `brackets`, `capitals`, `list_order`, `professions`); none: no circuits."""
+    folder: str = ""
+    """Folder of task files of one's own, in place of the shipped ones."""
+    nodes: int = Field(100, ge=1)
+    """Nodes kept at most."""
+    node_threshold: float = Field(0.01, ge=0)
+    """Least effect of a node, as a share of the difference of logits."""
+    edge_threshold: float = Field(0.002, ge=0)
+    """Least weight of an edge, as such a share."""
+    steps: int = Field(10, ge=0)
+    """Of integrated gradients from what a prompt is held against (Marks et al. 2024 take 10); 0: the gradient alone."""
+    seed: int = 0
+    """Of the random circuits."""
+
+
 class CheckSettings(Settings):
     """The range in which this study's numbers must lie; outside it an asset check fails."""
 
@@ -507,6 +526,7 @@ class Study(Settings):
     safety: SafetySettings = SafetySettings()
     behaviors: BehaviorSettings = BehaviorSettings()
     multilingual: MultilingualSettings = MultilingualSettings()
+    circuits: CircuitSettings = CircuitSettings()
     checks: CheckSettings = CheckSettings()
     retraining: RetrainingSettings = RetrainingSettings()
 
@@ -531,6 +551,15 @@ class Study(Settings):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _circuits_have_sites(self) -> "Study":
+        if self.circuits.tasks and len(self.sites) < 2:
+            raise ValueError(
+                f"circuits.tasks = {self.circuits.tasks} wants dictionaries at two sites or more, and there is one: "
+                "give activations.layer as a list, as [5, 15, 25], or take [circuits] out"
+            )
+        return self
+
     @property
     def activations(self) -> ActivationSettings:
         """The site that is read; of several, the first."""
@@ -546,9 +575,18 @@ class Study(Settings):
         return Site(self.model.slug, site.hook, site.layer, self.corpus.name)
 
     def at(self, site: ActivationSettings) -> "Study":
-        """The study of that one site."""
+        """The study of that one site, which has no circuits."""
         dictionaries = [dictionary.read_at(site) for dictionary in self.dictionaries]
-        return self.model_copy(update={"sites": [site], "dictionaries": dictionaries})
+        return self.model_copy(update={"sites": [site], "dictionaries": dictionaries, "circuits": CircuitSettings()})
+
+    @property
+    def first_trainings(self) -> "list[tuple[Study, DictionarySettings]]":
+        """The first dictionary of each site, with the study of that site: what circuits are made of."""
+        return [(study, study.dictionaries[0]) for study in map(self.at, self.sites)]
+
+    def circuit_slug(self, task: str) -> str:
+        """The name of a task's circuit."""
+        return f"{self.name}.{task}"
 
     @property
     def trainings(self) -> "list[tuple[Study, DictionarySettings]]":

@@ -69,7 +69,7 @@ def _resolve_paths(table: dict[str, Any], folder: Path) -> dict[str, Any]:
     def with_source(entry: Any) -> Any:
         return {**entry, "source": resolve(entry.get("source"))} if isinstance(entry, dict) else resolve(entry)
 
-    for key in ("model", "corpus", "labels", "safety"):
+    for key in ("model", "corpus", "labels", "safety", "circuits"):
         if not isinstance(table.get(key, {}), dict):
             raise ValueError(f"{key}: must be a table, [{key}]")
     if "model" in table:
@@ -78,6 +78,8 @@ def _resolve_paths(table: dict[str, Any], folder: Path) -> dict[str, Any]:
         table["labels"] = {key: resolve(v) if key == "model" else v for key, v in table["labels"].items()}
     if concepts := table.get("safety", {}).get("folder"):
         table["safety"] = {**table["safety"], "folder": resolve(concepts)}
+    if tasks := table.get("circuits", {}).get("folder"):
+        table["circuits"] = {**table["circuits"], "folder": resolve(tasks)}
     if isinstance(table.get("dictionary"), dict) and (source := table["dictionary"].get("source")):
         sources = [resolve(s) for s in source] if isinstance(source, list) else resolve(source)
         table["dictionary"] = {**table["dictionary"], "source": sources}

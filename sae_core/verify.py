@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from sae_core.artifacts import ArtifactError, ArtifactStore, Manifest
 from sae_core.progress import Report, silent
-from sae_core.stages import ON_DEMAND, VERSIONS
+from sae_core.stages import ON_DEMAND, PER_STUDY, VERSIONS
 
 
 class Verdict(NamedTuple):
@@ -34,7 +34,7 @@ def verify(
     Yields:
         A verdict on each.
     """
-    wanted = keys or [f"{stage}/{slug}" for stage in VERSIONS | ON_DEMAND for slug in store.slugs(stage)]
+    wanted = keys or [f"{stage}/{slug}" for stage in VERSIONS | ON_DEMAND | PER_STUDY for slug in store.slugs(stage)]
     manifests = []
     for key in wanted:
         stage, _, slug = key.partition("/")

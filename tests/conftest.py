@@ -4,6 +4,7 @@ The home folder is set before anything is imported: studies are read when `asset
 """
 
 import atexit
+import json
 import os
 import shutil
 import tempfile
@@ -83,6 +84,20 @@ CODERS = (
 """Transcoders of the MLPs of two layers."""
 (HOME / "studies" / "coders.toml").write_text(CODERS, "utf-8")
 
+CIRCUITS = (
+    TINY_STUDY.replace("layer = 2", "layer = [1, 2]").replace("tokens = 20_000", "tokens = 2_000")
+    + '[circuits]\ntasks = ["mini"]\nfolder = "../tasks"\nnodes = 12\nsteps = 2\n'
+)
+"""Two layers, and a task whose prompts a random model gets right about every second time."""
+(HOME / "studies" / "tiny-circuits.toml").write_text(CIRCUITS, "utf-8")
+(HOME / "tasks").mkdir()
+_PROMPTS = [
+    [" ".join(s.split()[:n]), a, b] for s in SENTENCES[:6] for n in (2, 3) for a, b in ((" the", " a"), (" a", " the"))
+]
+(HOME / "tasks" / "mini.toml").write_text(
+    f'name = "mini"\ndescription = "Anything."\nprompts = {json.dumps(_PROMPTS)}\n', "utf-8"
+)
+
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Path:
@@ -147,8 +162,25 @@ def tiny_atlas(tiny_study: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="session")
-def reported_atlas(tiny_atlas: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with reports on it: an audit of two concepts, and what a few texts share across three languages."""
+def circuit_store(tiny_study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Root of a store that holds the dictionaries of two layers and a circuit of both. To be read only."""
+    import dagster as dg
+
+    from assets.partitions import STUDIES
+    from assets.resources import Workshop
+    from pipelines.run import bring_up_to_date, materialize
+
+    root = tmp_path_factory.mktemp("circuits")
+    study, workshop = STUDIES.get("tiny-circuits"), Workshop(root=str(root), device="cpu")
+    with dg.DagsterInstance.ephemeral() as instance:
+        assert list(bring_up_to_date(study, workshop, instance, until="dictionary", log_level="CRITICAL"))
+        materialize("circuit", "tiny-circuits.mini", study, workshop, instance, "CRITICAL")
+    return root
+
+
+@pytest.fixture(scope="session")
+def reported_atlas(tiny_atlas: Path, circuit_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with reports on it: an audit of two concepts, what texts share across three languages, a circuit."""
     from assets.partitions import STUDIES
     from sae_core.artifacts import ArtifactStore
     from sae_core.atlas import Atlas
@@ -160,6 +192,7 @@ def reported_atlas(tiny_atlas: Path, tmp_path_factory: pytest.TempPathFactory) -
 
     root = tmp_path_factory.mktemp("reported-atlas") / "atlas"
     shutil.copytree(tiny_atlas, root)
+    shutil.copytree(circuit_store / "circuit", root / "circuit")
     store = ArtifactStore(root)
     (slug,) = store.slugs("features")
     atlas, order = Atlas(store, slug), STUDIES.order(slug, "tiny")

@@ -4,17 +4,18 @@
     description = "The capital of a country, against another country's."
     prompts = [["The capital of France is the city of", " Paris", " Rome"]]
 
-A model's features for a task are only looked for in prompts that it gets right.
+`paired = true` says that each prompt's contrast stands beside it. Only prompts that the model gets right are used.
 """
 
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sae_core.errors import MindAtlasError
 from sae_core.settings import Settings
+from sae_core.study import CircuitSettings
 from sae_core.toml_files import read_toml
 
 SHIPPED = Path(__file__).with_name("tasks")
@@ -41,7 +42,28 @@ class Task(Settings):
     description: str
     license: str = ""
     """Of the prompts."""
+    paired: bool = False
+    """Whether prompts come in pairs, one after the other, that differ in what decides: each is the other's contrast."""
     prompts: list[Prompt] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _pairs_are_opposites(self) -> "Task":
+        for one, other in self.pairs:
+            if (one.target, one.against) != (other.against, other.target):
+                raise ValueError(
+                    f"{one.text!r} and {other.text!r} are no pair: the tokens of one must be the other's, exchanged; "
+                    "put each beside its own, or take out `paired`"
+                )
+        return self
+
+    @property
+    def pairs(self) -> list[tuple[Prompt, Prompt]]:
+        """The pairs of a paired task."""
+        if not self.paired:
+            return []
+        if len(self.prompts) % 2:
+            raise ValueError(f"{len(self.prompts)} prompts are no pairs: give one more, or one less")
+        return list(zip(self.prompts[::2], self.prompts[1::2], strict=True))
 
 
 def load_tasks(folder: Path = SHIPPED, names: Iterable[str] = ()) -> list[Task]:
@@ -57,6 +79,11 @@ def load_tasks(folder: Path = SHIPPED, names: Iterable[str] = ()) -> list[Task]:
     if unknown := [name for name in wanted if name not in found]:
         raise TaskError(f"no task {unknown[0]!r}: known are {', '.join(sorted(found))}")
     return [found[name] for name in wanted]
+
+
+def tasks_of(settings: CircuitSettings) -> list[Task]:
+    """The tasks that a study names. Raises TaskError."""
+    return load_tasks(Path(settings.folder) if settings.folder else SHIPPED, settings.tasks)
 
 
 def load_task(path: Path) -> Task:

@@ -14,10 +14,11 @@ from starlette.responses import JSONResponse, Response
 
 from sae_core.artifacts import ArtifactError, ArtifactStore
 from sae_core.atlas import Atlas, SearchError
+from sae_core.circuits.reader import NoCircuitError
 from sae_core.errors import MindAtlasError
 from sae_core.features.reader import FeatureError
 from sae_core.names import SlugError
-from sae_core.serve import api, contrast, labeling, pages, reports, steer, why
+from sae_core.serve import api, circuits, contrast, labeling, pages, reports, steer, why
 from sae_core.serve.door import LOOPBACK, Door
 from sae_core.serve.live import Live, LiveError
 from sae_core.serve.map import prepare as prepare_map
@@ -31,7 +32,7 @@ from sae_core.steers import SteeringError
 from sae_core.studies import Studies
 
 _STATUS: dict[type[MindAtlasError], int] = {
-    ArtifactError: 404, FeatureError: 404, NotFoundError: 404, SlugError: 404, SearchError: 400,
+    ArtifactError: 404, FeatureError: 404, NotFoundError: 404, NoCircuitError: 404, SlugError: 404, SearchError: 400,
     SteeringError: 400,
 }  # fmt: skip
 """The answer to each error; any other that a user can mend is 500."""
@@ -82,6 +83,7 @@ def create_app(
     app.include_router(contrast.router)
     app.include_router(labeling.router)
     app.include_router(why.router)
+    app.include_router(circuits.router)
     app.include_router(api.router)
     app.include_router(monitor_api(shelf, live))
     app.include_router(openai_api(shelf.atlas, live, presets))

@@ -190,6 +190,7 @@ def page(request: Request, template: str, *, status: int = 200, **values: Any) -
     values["static"] = getattr(request.app.state, "static", False)  # for a site of files: nothing that needs a server
     chosen = values.setdefault("dictionary", "")
     values["reports"] = shelf.reports(chosen)
+    values["circuits"] = shelf.has_circuits
     values["can_label"] = request.app.state.labeling.command is not None
     asked = request.query_params.get("dictionary", "")
     values["stay"] = f"?dictionary={quote(chosen)}" if chosen and (asked or chosen != shelf.default) else ""

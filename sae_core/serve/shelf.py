@@ -50,6 +50,11 @@ class Shelf:
                 self._open[slug] = stamp, Atlas.open(self.store, slug)
             return self._open[slug][1]
 
+    @property
+    def has_circuits(self) -> bool:
+        """Whether some study's circuits were made."""
+        return bool(self.store.slugs("circuit"))
+
     def reports(self, dictionary: str) -> set[str]:
         """What was made on request of a dictionary as it is now; nothing of one that is not there."""
         if dictionary not in self.slugs():

@@ -14,14 +14,14 @@ from pipelines.schedules import SCHEDULES
 from sae_core import training
 from sae_core.artifacts import ArtifactStore
 from sae_core.notify import notify
-from sae_core.stages import ON_DEMAND, VERSIONS
+from sae_core.stages import ON_DEMAND, PER_STUDY, VERSIONS
 from sae_core.studies import Studies
 
 
 def test_definitions_load_and_every_stage_is_an_asset():
     dg.Definitions.validate_loadable(defs)
     keys = {key.to_user_string() for key in defs.resolve_all_asset_keys()}
-    assert keys == set(VERSIONS) | set(ON_DEMAND)
+    assert keys == set(VERSIONS) | set(ON_DEMAND) | set(PER_STUDY)
 
 
 def test_every_asset_has_a_description_a_group_a_kind_and_a_check():
@@ -48,6 +48,7 @@ def test_lineage_runs_from_the_corpus_to_the_labels():
     assert parents["atlas"] == set(VERSIONS) - {"atlas"}
     assert parents["multilingual"] == {"features"}
     assert parents["safety"] == {"features", "steering"}
+    assert parents["circuit"] == {"activations", "dictionary"}
     assert parents["behaviors"] == {"features", "safety"}
 
 

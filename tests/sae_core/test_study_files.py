@@ -131,3 +131,14 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path):
     (tmp_path / "latin.toml").write_bytes(b"description = '\xe9'")
     with pytest.raises(StudyError, match="not a TOML file"):
         load_study(tmp_path / "latin.toml")
+
+
+def test_circuits_want_two_sites_and_a_folder_of_tasks_is_seen_from_the_file(tmp_path: Path):
+    asked = '[circuits]\ntasks = ["agreement"]\nfolder = "./tasks"\n'
+    with pytest.raises(StudyError, match=r"wants dictionaries at two sites or more, and there is one: give"):
+        study(tmp_path, MINIMAL + asked)
+    two = study(tmp_path, MINIMAL.replace("layer = 15", "layer = [8, 15]") + "[dictionary]\nk = [16, 32]\n" + asked)
+    assert two.circuits.folder == str((tmp_path / "tasks").resolve())
+    assert [d.k for _, d in two.first_trainings] == [16, 16]
+    assert two.circuit_slug("agreement") == "mine.agreement"
+    assert study(tmp_path, MINIMAL).circuits.tasks == []

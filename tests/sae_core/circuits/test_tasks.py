@@ -17,6 +17,15 @@ def test_the_shipped_tasks_have_prompts_enough_and_no_two_alike() -> None:
         assert all(prompt.text == prompt.text.strip() for prompt in task.prompts)  # spaces belong to the next token
 
 
+def test_the_prompts_of_a_pair_ask_for_each_others_tokens() -> None:
+    pairs = {task.name: task.pairs for task in load_tasks()}
+    assert len(pairs["agreement"]) == 16
+    assert pairs["professions"]
+    assert pairs["brackets"] == []
+    for one, other in (*pairs["agreement"], *pairs["professions"]):
+        assert (one.target, one.against) == (other.against, other.target)
+
+
 def test_a_folder_of_ones_own_is_read_by_name(tmp_path: Path) -> None:
     (tmp_path / "mini.toml").write_text(GOOD, "utf-8")
     (task,) = load_tasks(tmp_path, ["mini"])
@@ -33,6 +42,11 @@ def test_a_folder_of_ones_own_is_read_by_name(tmp_path: Path) -> None:
         (GOOD.replace('" D"', "3"), "prompts.0.2"),
         (GOOD.replace('[["A B", " C", " D"]]', "[]"), "prompts: "),
         (GOOD.replace("mini", "Mini Task"), "name: "),
+        (GOOD + "paired = true\n", "1 prompts are no pairs"),
+        (
+            GOOD.replace('[["A B", " C", " D"]]', '[["A", " C", " D"], ["B", " C", " D"]]') + "paired = true\n",
+            "'A' and 'B' are no pair",
+        ),
     ],
 )
 def test_a_file_that_is_no_task_is_refused_in_one_line(tmp_path: Path, text: str, why: str) -> None:
