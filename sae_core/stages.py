@@ -7,7 +7,7 @@
     steering, labels -> steering_report
 
 and, when they are asked for, the reports `safety` (of features and steering), `behaviors` (of the features that it
-found) and `multilingual`.
+found) and `multilingual`; of a site, `scaling`.
 
 A stage's version is raised when its code gives another result for the same settings.
 """
@@ -25,7 +25,7 @@ VERSIONS = {
     "labels": 6, "atlas": 1,
 }  # fmt: skip
 
-ON_DEMAND = {"steering_report": 3, "safety": 2, "multilingual": 2, "behaviors": 1}
+ON_DEMAND = {"steering_report": 3, "safety": 2, "multilingual": 2, "behaviors": 1, "scaling": 1}
 """Versions of the stages that are no part of an atlas, and made when somebody asks for them."""
 
 
@@ -43,6 +43,10 @@ def recipes(study: Study, on_demand: bool = False) -> Iterator[Recipe]:
         for site in study.all_sites
     }
     yield from sites.values()
+    if on_demand:
+        for one in map(study.at, study.sites):
+            settings = _settings(one.scaling) | {"dictionary": _settings(one.dictionaries[0])}
+            yield _recipe("scaling", one.site.slug, settings, sites[one.site])
     for one, dictionary in study.trainings:
         written = one.written(dictionary)
         read, also = sites[one.site], [sites[one.named(written)]] if written else []

@@ -6,6 +6,7 @@ threads, concurrency) is no part of a study. Files are read by `study_files`.
 This module is light: it must import in milliseconds, because every Dagster process reads it.
 """
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -446,6 +447,40 @@ class MultilingualSettings(Settings):
     """Choice of the verses, and of the pairings."""
 
 
+class ScalingSettings(Settings):
+    """The sweep that scaling laws are fitted to: many short runs, as the study's first dictionary is trained, from
+    shared reads of the activations.
+
+    Each is a run of its own, with a learning rate that rises and falls over its own steps: a checkpoint of a longer
+    run stands at a rate that a finished dictionary never ends on, and would be compared as if it did.
+    """
+
+    d_sae: list[int] = Field([128, 256, 512, 1024, 2048], min_length=3)
+    """Sizes, each trained for each of `tokens`; in equal ratios, so that several runs cost the same."""
+    tokens: list[int] = Field([65_536, 131_072, 262_144, 524_288, 1_048_576], min_length=3)
+    """Activations of a run, in the same ratios."""
+    lr_factor: float = Field(2.0, gt=0)
+    """Peak learning rate of these runs, as a multiple of `dictionary.lr`'s default; at SmolLM2's layer 15 the best of
+    0.5, 1, 2 and 4 in three of four pilot runs of fewer than 300,000 activations."""
+    lr_factors: list[float] = Field([0.5, 1.0, 4.0])
+    """Others that are tried where d_sae and tokens grow together, but for the largest of these; empty for none."""
+    k: list[int] = Field([8, 16, 64])
+    """Other k that are tried with the three largest d_sae at the middle one of `tokens`; empty for none."""
+    evaluation_tokens: int = Field(16_384, ge=256)
+    """Held-out activations that the loss of each run is measured on."""
+    resamples: int = Field(200, ge=20)
+    """Fits to resampled residuals, which the intervals are of."""
+    seed: int = 0
+    """Initial weights, order of the batches, and the resampling."""
+
+    @field_validator("d_sae", "tokens")
+    @classmethod
+    def _rise(cls, sizes: list[int]) -> list[int]:
+        if sizes[0] < 1 or any(a >= b for a, b in itertools.pairwise(sizes)):
+            raise ValueError("the sizes must be positive, and each larger than the one before it")
+        return sizes
+
+
 class CheckSettings(Settings):
     """The range in which this study's numbers must lie; outside it an asset check fails."""
 
@@ -507,6 +542,7 @@ class Study(Settings):
     safety: SafetySettings = SafetySettings()
     behaviors: BehaviorSettings = BehaviorSettings()
     multilingual: MultilingualSettings = MultilingualSettings()
+    scaling: ScalingSettings = ScalingSettings()
     checks: CheckSettings = CheckSettings()
     retraining: RetrainingSettings = RetrainingSettings()
 
