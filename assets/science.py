@@ -1,17 +1,18 @@
-"""Science, on demand: how dictionaries of a site scale."""
+"""Science, on demand: how dictionaries of a site scale, and which of the papers' findings hold for them."""
 
 import dagster as dg
 
 from assets.activations import activations
 from assets.checks import specs
-from assets.partitions import sites
+from assets.corpus import corpus
+from assets.partitions import corpus_of_site, sites
 from assets.per_dictionary import markdown
 from assets.plots import scaling_pictures
 from assets.resources import Workshop, launchpad
 from sae_core.stages import ON_DEMAND
-from sae_core.study import ScalingSettings
+from sae_core.study import ScalingSettings, ScienceSettings
 
-ScalingRun = launchpad(ScalingSettings)
+ScalingRun, ScienceRun = launchpad(ScalingSettings), launchpad(ScienceSettings)
 
 
 @dg.asset(
@@ -33,4 +34,27 @@ def scaling(context: dg.AssetExecutionContext, config: ScalingRun, workshop: Wor
             workshop.torch_device(), report,
         ),
         lambda made: markdown(made) | scaling_pictures(made.folder),
+    )  # fmt: skip
+
+
+@dg.asset(
+    partitions_def=sites,
+    deps=[scaling, activations, dg.AssetDep(corpus, partition_mapping=corpus_of_site)],
+    group_name="science",
+    kinds={"pytorch", "markdown"},
+    code_version=str(ON_DEMAND["science"]),
+    check_specs=specs("science"),
+)
+def science(context: dg.AssetExecutionContext, config: ScienceRun, workshop: Workshop) -> dg.MaterializeResult:
+    """The papers' findings on the sweep's dictionaries: seeds, splitting, coverage, kinds of text, against controls."""
+    from sae_core.pretrained import load_tokenizer
+    from sae_core.science.report import build_science
+
+    return workshop.make(
+        context, "science", config,
+        lambda order, draft, report: build_science(
+            order.study.science, *(draft.parents[stage].folder for stage in ("scaling", "activations", "corpus")),
+            load_tokenizer(order.study.model), draft.folder, workshop.torch_device(), report,
+        ),
+        markdown,
     )  # fmt: skip

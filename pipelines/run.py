@@ -17,16 +17,16 @@ from assets.neighbors import neighbors
 from assets.partitions import corpora, dictionaries, sites
 from assets.resources import STUDY_TAG, Workshop
 from assets.safety import behaviors, safety
-from assets.science import scaling
+from assets.science import scaling, science
 from assets.steering import steering, steering_report
 from sae_core.artifacts import ATLAS, ArtifactStore, Recipe, Status
 from sae_core.generations import why_refused
-from sae_core.stages import ON_DEMAND, VERSIONS, recipes
+from sae_core.stages import ON_DEMAND, SITE_REPORTS, VERSIONS, recipes
 from sae_core.study import Study
 
 ASSETS = [
     corpus, activations, dictionary, features, neighbors, feature_map, steering, labels, atlas, steering_report, safety,
-    behaviors, multilingual, scaling,
+    behaviors, multilingual, scaling, science,
 ]  # fmt: skip
 
 make_corpus = dg.define_asset_job(
@@ -44,10 +44,10 @@ make_dictionary = dg.define_asset_job(
 make_reports = dg.define_asset_job(
     "make_reports", selection="group:reports", partitions_def=dictionaries, description="What is made on demand."
 )
-make_scaling = dg.define_asset_job(
-    "make_scaling", selection="key:scaling", partitions_def=sites, description="One site's scaling laws."
+make_science = dg.define_asset_job(
+    "make_science", selection="group:science", partitions_def=sites, description="One site's laws, and what holds."
 )
-STAGE_JOBS = [make_corpus, make_activations, make_dictionary, make_reports, make_scaling]
+STAGE_JOBS = [make_corpus, make_activations, make_dictionary, make_reports, make_science]
 
 
 class Step(NamedTuple):
@@ -100,7 +100,7 @@ def materialize(
 ) -> None:  # fmt: skip
     """One stage of a study, as one Dagster run; `config` is its run config. Raises what the stage raises."""
     defs = dg.Definitions(assets=ASSETS, jobs=STAGE_JOBS, resources={"workshop": workshop})
-    own = {name: f"make_{name}" for name in ("corpus", "activations", "scaling")}
+    own = {"corpus": "make_corpus", "activations": "make_activations"} | dict.fromkeys(SITE_REPORTS, "make_science")
     stage_job = dict.fromkeys(ON_DEMAND, "make_reports") | own
     defs.resolve_job_def(stage_job.get(stage, "make_dictionary")).execute_in_process(
         partition_key=slug,

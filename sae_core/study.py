@@ -481,6 +481,21 @@ class ScalingSettings(Settings):
         return sizes
 
 
+class ScienceSettings(Settings):
+    """Which of the papers' findings hold for the dictionaries of the sweep."""
+
+    tokens: int = Field(131_072, ge=1024)
+    """Training activations on which features are compared, and concepts looked for."""
+    twins: int = Field(1024, ge=1)
+    """d_sae of the sweep that is trained from a second seed; where the sweep has no such, the second largest."""
+    kind_least: float = Field(0.005, gt=0, lt=0.5)
+    """Least share of the tokens that a language or kind of text must have for a feature of it to be looked for."""
+    families: int = Field(8, ge=0)
+    """Families of features that split, shown as a tree."""
+    seed: int = 0
+    """Of the random directions."""
+
+
 class CheckSettings(Settings):
     """The range in which this study's numbers must lie; outside it an asset check fails."""
 
@@ -543,6 +558,7 @@ class Study(Settings):
     behaviors: BehaviorSettings = BehaviorSettings()
     multilingual: MultilingualSettings = MultilingualSettings()
     scaling: ScalingSettings = ScalingSettings()
+    science: ScienceSettings = ScienceSettings()
     checks: CheckSettings = CheckSettings()
     retraining: RetrainingSettings = RetrainingSettings()
 

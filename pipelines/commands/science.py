@@ -33,6 +33,22 @@ class Duration(click.ParamType):
 @click.pass_obj
 def scaling(debug: bool, study: str, device: str, into: Path | None, json_: bool) -> None:
     """How the loss of STUDY's dictionaries falls with their size and training: a sweep of short runs, and its laws."""
+    _show(debug, study, device, "scaling", into, json_)
+
+
+@click.command()
+@click.argument("study", default="quickstart")
+@on_device
+@into
+@as_json
+@click.pass_obj
+def science(debug: bool, study: str, device: str, into: Path | None, json_: bool) -> None:
+    """Which of the papers' findings hold at STUDY's site: a table of claims, with controls, from the same sweep."""
+    _show(debug, study, device, "science", into, json_)
+
+
+def _show(debug: bool, study: str, device: str, stage: str, into: Path | None, json_: bool) -> None:
+    """Make a report of a study's first site and what it reads, and show it, or put it into a page."""
     from pipelines.reports import insert, show_report
 
     target = into.absolute() if into else None
@@ -40,15 +56,17 @@ def scaling(debug: bool, study: str, device: str, into: Path | None, json_: bool
     from assets.partitions import STUDIES
     from assets.resources import Workshop
     from pipelines.run import materialize
+    from sae_core.stages import SITE_REPORTS
     from sae_core.studies import Order
 
     wanted, workshop = STUDIES.get(name), Workshop(device=device)
     build(debug, name, "activations", device=device)
-    recipe = Order(wanted.at(wanted.activations), None).recipe("scaling", wanted.site.slug)
-    if workshop.store.status(recipe).state != "made":
-        with work(debug) as (instance, level):
-            materialize("scaling", wanted.site.slug, wanted, workshop, instance, level)
-    made = workshop.store.get("scaling", wanted.site.slug)
+    slug, order = wanted.site.slug, Order(wanted.at(wanted.activations), None)
+    for needed in SITE_REPORTS[: SITE_REPORTS.index(stage) + 1]:
+        if workshop.store.status(order.recipe(needed, slug)).state != "made":
+            with work(debug) as (instance, level):
+                materialize(needed, slug, wanted, workshop, instance, level)
+    made = workshop.store.get(stage, slug)
     if target:
         insert(made, target)
     show_report(made, json_)

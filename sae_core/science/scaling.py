@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sae_core.activations import Activations
 from sae_core.artifacts import SCRATCH
+from sae_core.dictionary import Dictionary
 from sae_core.dictionary.trainer import Training, default_lr
 from sae_core.errors import MindAtlasError
 from sae_core.metrics import measure
@@ -101,7 +102,8 @@ def build_scaling(
     device: str = "cpu",
     report: Report = silent,
 ) -> dict[str, Any]:
-    """Train and measure the sweep, fit the laws; write `scaling.json` and `scaling.md`.
+    """Train and measure the sweep, fit the laws; write `scaling.json` and `scaling.md`, and the longest-trained
+    dictionary of each size, in `w<d_sae>`.
 
     A killed sweep goes on from its checkpoints.
 
@@ -123,7 +125,12 @@ def build_scaling(
     """
     source, judged = Activations.open(activations, device=device), Activations.open(activations, "held_out", device)
     x = held_out(judged, settings.evaluation_tokens)
-    runs = train_sweep(sweep(settings, base), source, x, folder / SCRATCH, device, report)
+    runs, longest = [], settings.tokens[-1]
+    for one, run, dictionary in train_sweep(sweep(settings, base), source, x, folder / SCRATCH, device, report):
+        runs.append(run)
+        if one.tokens == longest and run.k == base.k:  # of one learning rate: the diagonal ends before
+            (folder / f"w{run.d_sae}").mkdir(exist_ok=True)
+            dictionary.save(folder / f"w{run.d_sae}")
     scaling = Scaling(runs, settings, base)
     scaling.save(folder)
     return scaling.summary()
@@ -136,8 +143,8 @@ def train_sweep(
     scratch: Path,
     device: str = "cpu",
     report: Report = silent,
-) -> list[Run]:
-    """Train all, as many from one read of the activations as memory holds, and measure each on `x`.
+) -> Iterator[tuple[DictionarySettings, Run, Dictionary]]:
+    """Train all, as many from one read of the activations as memory holds, and measure each on `x`, at an L0 of k.
 
     Args:
         wanted: of one batch size and seed.
@@ -147,12 +154,11 @@ def train_sweep(
         device: where to train.
         report: told of every step.
     """
-    runs = []
     for group in memory_groups(wanted, source.d_model):
         trainings = {scratch / f"{one.fingerprint()}.safetensors": Training(one, source, device) for one in group}
         train_together(trainings, source, report)
-        runs += [_judge(training, x) for training in trainings.values()]
-    return runs
+        for training in trainings.values():
+            yield training.settings, *_judged(training, x)
 
 
 def held_out(judged: Activations, tokens: int) -> Float[Tensor, "tokens d_model"]:
@@ -160,13 +166,15 @@ def held_out(judged: Activations, tokens: int) -> Float[Tensor, "tokens d_model"
     return torch.cat(list(islice(all_kept(judged), -(-tokens // 2048))))[:tokens].float()
 
 
-def _judge(training: Training, x: Float[Tensor, "tokens d_model"]) -> Run:
+def _judged(training: Training, x: Float[Tensor, "tokens d_model"]) -> tuple[Run, Dictionary]:
     settings = training.settings
     assert settings.k is not None, "sweep() lets nothing else through"
-    quality = measure(at_l0(training.dictionary(), x, float(settings.k)), iter(x.split(2048)))
+    dictionary = at_l0(training.dictionary(), x, float(settings.k))
+    quality = measure(dictionary, iter(x.split(2048)))
     lr = settings.lr or default_lr(settings.d_sae)
     steps, seconds = training.n_steps, round(training.seconds, 2)
-    return Run(settings.d_sae, settings.k, settings.tokens, steps, lr, quality.fvu, quality.dead, seconds)
+    run = Run(settings.d_sae, settings.k, settings.tokens, steps, lr, quality.fvu, quality.dead, seconds)
+    return run, dictionary
 
 
 @dataclass(frozen=True)
@@ -249,6 +257,15 @@ class Scaling:
         d_sae, k, y = _columns(some, "d_sae", "k", "fvu")
         return self._fit(SparsityLaw.fit, np.stack([d_sae, k]), y)
 
+    @cached_property
+    def held_out(self) -> tuple["Scaling", Run] | None:
+        """The same without the runs of more than an eighth of the largest's compute, and that largest; None when too
+        few are left."""
+        largest = max(self.grid, key=lambda run: run.compute)
+        small = [run for run in self.runs if 8 * run.compute <= largest.compute]
+        scaling = Scaling(small, self.settings, self.base)
+        return (scaling, largest) if len(scaling.grid) > 6 else None
+
     def predict(self, d_sae: int, steps: int) -> Interval:
         """The loss that a run of this size would have, by the joint law."""
         return self.joint.predict(np.array([[d_sae], [steps]], float))
@@ -261,6 +278,11 @@ class Scaling:
                 value = fit.interval(lambda law: law.exponent)
                 found |= {f"{name}_r2": fit.r2, f"{name}_exponent": value.value}
                 found |= {f"{name}_exponent_low": value.low, f"{name}_exponent_high": value.high}
+        if self.held_out:
+            smaller, largest = self.held_out
+            foretold = smaller.predict(largest.d_sae, largest.steps)
+            found |= {"foretold": foretold.value, "foretold_low": foretold.low, "foretold_high": foretold.high}
+            found |= {"found": largest.fvu, "foretold_error": foretold.value / largest.fvu - 1}
         found |= {"loss_floor": self.loss.law.floor, "joint_r2": self.joint.r2}
         found |= {f"joint_{name}": value for name, value in vars(self.joint.law).items()}
         if self.sparsity:
@@ -290,7 +312,7 @@ def _columns(runs: Sequence[Run], *names: str) -> Float[np.ndarray, "columns n"]
 
 def markdown(scaling: Scaling) -> str:
     """The laws and the runs, for people."""
-    return "\n".join([*_laws(scaling), "", *_table(scaling)]) + "\n"
+    return "\n".join([*_laws(scaling), *_foretold(scaling), "", *_table(scaling)]) + "\n"
 
 
 def _laws(scaling: Scaling) -> Iterator[str]:
@@ -315,6 +337,18 @@ def _laws(scaling: Scaling) -> Iterator[str]:
         for name in vars(sparsity.law):
             b = sparsity.interval(lambda law, name=name: getattr(law, name))
             yield f"| L(d_sae, k): {name} | {sparsity.r2:.3f} | {b.value:.3g} | {b.low:.3g} to {b.high:.3g} |"
+
+
+def _foretold(scaling: Scaling) -> Iterator[str]:
+    """What the smaller runs say of the largest."""
+    if scaling.held_out:
+        smaller, largest = scaling.held_out
+        value = smaller.predict(largest.d_sae, largest.steps)
+        yield (
+            f"\nHeld out: from {len(smaller.grid)} runs of at most an eighth of its compute, {largest.d_sae} features "
+            f"after {largest.steps} steps should have an FVU of {value}; it is {largest.fvu:.4f} "
+            f"({value.value / largest.fvu - 1:+.1%})."
+        )
 
 
 def _table(scaling: Scaling) -> Iterator[str]:

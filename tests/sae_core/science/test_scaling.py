@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from sae_core.activations import Activations
+from sae_core.dictionary import Dictionary
 from sae_core.dictionary.trainer import Training, default_lr
 from sae_core.metrics import measure
 from sae_core.science.laws import JointLaw
@@ -73,11 +74,15 @@ def test_a_real_sweep_falls_with_steps_and_its_laws_explain_it(scaling: Scaling,
 
 def test_a_killed_sweep_goes_on_from_its_checkpoints(source: Activations, site: Path, tmp_path: Path):
     wanted, x = sweep(SWEEP, BASE)[:2], held_out(Activations.open(site, "held_out"), 256)
-    first = train_sweep(wanted, source, x, tmp_path)
+    first = [run for _, run, _ in train_sweep(wanted, source, x, tmp_path)]
     again: list[float] = []
-    second = train_sweep(wanted, source, x, tmp_path, report=lambda done, total, unit, **_: again.append(done))
+
+    def report(done: int, total: int, unit: str, **values: float) -> None:
+        again.append(done)
+
+    second = [run for _, run, _ in train_sweep(wanted, source, x, tmp_path, report=report)]
     assert again == []  # not one step
-    assert [run._replace(seconds=0) for run in first] == [run._replace(seconds=0) for run in second]
+    assert first == second
 
 
 def test_optima_of_a_known_law_have_its_exponents_within_their_intervals():
@@ -94,6 +99,22 @@ def test_optima_of_a_known_law_have_its_exponents_within_their_intervals():
     assert found.predict(*far).value == pytest.approx(float(LAW.at(np.array([[far[0]], [far[1]]], float))[0]), rel=0.01)
     assert found.sparsity
     assert found.sparsity.r2 > 0.99
+
+
+def test_the_longest_of_each_size_is_kept_with_the_loss_that_is_told(swept: tuple[Path, dict], site: Path):
+    x = held_out(Activations.open(site, "held_out"), SWEEP.evaluation_tokens)
+    runs = {run.d_sae: run for run in Scaling.open(swept[0] / "scaling.json").grid if run.tokens == SWEEP.tokens[-1]}
+    for d_sae, run in runs.items():
+        assert measure(Dictionary.load(swept[0] / f"w{d_sae}"), [x]).fvu == pytest.approx(run.fvu, rel=1e-4)
+
+
+def test_the_largest_run_is_foretold_from_those_of_an_eighth_of_its_compute():
+    found = made_up(ScalingSettings(resamples=20)).held_out
+    assert found
+    smaller, largest = found
+    assert (largest.d_sae, largest.tokens) == (2048, 1_048_576)
+    assert max(run.compute for run in smaller.runs) == largest.compute / 8
+    assert smaller.predict(largest.d_sae, largest.steps).value == pytest.approx(largest.fvu, rel=0.01)
 
 
 def test_a_dictionary_without_k_is_refused_with_the_cure():
