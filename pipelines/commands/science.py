@@ -48,7 +48,7 @@ def science(debug: bool, study: str, device: str, into: Path | None, json_: bool
 
 
 def _show(debug: bool, study: str, device: str, stage: str, into: Path | None, json_: bool) -> None:
-    """Make a report of a study's first site and what it reads, and show it, or put it into a page."""
+    """Make a report of a study's first site and what it reads, and show it; or put them into a page with a picture."""
     from pipelines.reports import insert, show_report
 
     target = into.absolute() if into else None
@@ -66,10 +66,15 @@ def _show(debug: bool, study: str, device: str, stage: str, into: Path | None, j
         if workshop.store.status(order.recipe(needed, slug)).state != "made":
             with work(debug) as (instance, level):
                 materialize(needed, slug, wanted, workshop, instance, level)
-    made = workshop.store.get(stage, slug)
+        if target:
+            insert(workshop.store.get(needed, slug), target)
     if target:
-        insert(made, target)
-    show_report(made, json_)
+        from assets.plots import scaling_figure
+        from sae_core.science.scaling import REPORT, Scaling
+
+        sweep = Scaling.open(workshop.store.get("scaling", slug).folder / REPORT)
+        scaling_figure(sweep).savefig(target.with_name("scaling.png"))
+    show_report(workshop.store.get(stage, slug), json_)
 
 
 @click.command()
