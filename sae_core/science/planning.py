@@ -110,7 +110,7 @@ class Proposal(NamedTuple):
     """Compute, as a multiple of the largest run that the law was fitted to."""
 
 
-def flops(d_model: int, d_sae: int, tokens: int) -> float:
+def flops(d_model: int, d_sae: int, tokens: int) -> int:
     """Floating-point operations of training, as if dense: two matrices, multiplied once forward and twice backward."""
     return 2 * 3 * 2 * d_model * d_sae * tokens
 

@@ -11,7 +11,9 @@ from pipelines.commands.science import Duration, plan
 from sae_core.study_files import load_study
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("20m", 1200), ("1h30m", 5400), ("0.5h", 1800), ("1d", 86400)])
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("20m", 1200), ("1h30m", 5400), ("0.5h", 1800), ("1d", 86400)]
+)
 def test_a_duration_is_read_in_the_units_that_people_write(text: str, seconds: int):
     assert Duration().convert(text, None, None) == seconds
 

@@ -2,9 +2,10 @@ from pathlib import Path
 
 import pytest
 
+from sae_core.artifacts import PROJECT
 from sae_core.stages import recipes
 from sae_core.study import Study
-from sae_core.study_files import StudyError, load_study
+from sae_core.study_files import StudyError, load_study, save_study
 
 MINIMAL = """
 [model]
@@ -131,3 +132,12 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path):
     (tmp_path / "latin.toml").write_bytes(b"description = '\xe9'")
     with pytest.raises(StudyError, match="not a TOML file"):
         load_study(tmp_path / "latin.toml")
+
+
+def test_a_study_that_is_saved_is_read_back_as_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "again.toml"
+    for shipped in ("quickstart", "standard", "paper"):
+        study = load_study(PROJECT / "pipelines" / "studies" / f"{shipped}.toml")
+        study = study.model_copy(update={"name": "again", "description": 'a "quoted" line,\nπ \\ \x7f and a tab\t'})
+        save_study(study, file)
+        assert load_study(file) == study
