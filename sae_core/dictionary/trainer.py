@@ -246,8 +246,8 @@ def together(trainings: Sequence[Training], source: Source) -> Iterator[None]:
     Raises:
         TrainingError: a loss diverges.
     """
-    first = min(training.done for training in trainings)
     steps = max(training.n_steps for training in trainings)
+    first = min((training.done for training in trainings if training.done < training.n_steps), default=steps)
     settings = trainings[0].settings
     batches = source.batches(settings.batch_tokens, steps, settings.seed, start_step=first)
     for step, batch in enumerate(batches, first):
