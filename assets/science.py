@@ -53,8 +53,9 @@ def science(context: dg.AssetExecutionContext, config: ScienceRun, workshop: Wor
     return workshop.make(
         context, "science", config,
         lambda order, draft, report: build_science(
-            order.study.science, *(draft.parents[stage].folder for stage in ("scaling", "activations", "corpus")),
-            load_tokenizer(order.study.model), draft.folder, workshop.torch_device(), report,
+            order.study.science, draft.parents["scaling"].folder, draft.parents["activations"].folder,
+            draft.parents["corpus"].folder, load_tokenizer(order.study.model), draft.folder, workshop.torch_device(),
+            report,
         ),
         markdown,
     )  # fmt: skip

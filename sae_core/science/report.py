@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -183,7 +184,8 @@ def measure_claims(
     kinds = kinds_of_text(sample, blocks, Corpus.open(corpus).documents(), settings.kind_least)
     for kind, inside in kinds:
         ratio = likelihood_ratio(inside, sample, blocks, len(strings))
-        proxies.append(tuple(proxy(kind, inside, ratio, f[sizes[-1]]) for f in (firings, random_firings)))
+        of_features, of_chance = (proxy(kind, inside, ratio, f[sizes[-1]]) for f in (firings, random_firings))
+        proxies.append((of_features, of_chance))
     names = {d: [" ".join(top_tokens(f, i, sample, strings)[:4]) for i in range(d)] for d, f in firings.items()}
     family = tree(related, names, settings.families)
     return Findings(swept, same, twins, related, by_chance, concepts, len(sample.token), covered, proxies, family)
@@ -245,7 +247,7 @@ def _scaling_claims(scaling: Scaling) -> Iterator[Claim]:
             f"{told.low:.4f} to {told.high:.4f}", "holds" if abs(error) < 0.05 else "does not",
         )  # fmt: skip
     grows = {"d_sae": scaling.d_sae, "steps": scaling.steps}
-    joint = {name: scaling.joint.interval(lambda law, n=name: getattr(law, f"{n}_exponent")) for name in grows}
+    joint = {name: scaling.joint.interval(attrgetter(f"{name}_exponent")) for name in grows}
     for name, fit in grows.items():
         own = fit.interval(lambda law: law.exponent) if fit else None
         yield Claim(

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -332,11 +333,11 @@ def _laws(scaling: Scaling) -> Iterator[str]:
             b = fit.interval(lambda law: law.exponent)
             yield f"| {name} | {fit.r2:.4f} | {b.value:.3f} | {b.low:.3f} to {b.high:.3f} |"
     for name in ("d_sae_exponent", "steps_exponent", *vars(joint.law)):
-        b = joint.interval(lambda law, name=name: getattr(law, name))
+        b = joint.interval(attrgetter(name))
         yield f"| joint law: {name} | {joint.r2:.4f} | {b.value:.3g} | {b.low:.3g} to {b.high:.3g} |"
     if sparsity := scaling.sparsity:
         for name in vars(sparsity.law):
-            b = sparsity.interval(lambda law, name=name: getattr(law, name))
+            b = sparsity.interval(attrgetter(name))
             yield f"| L(d_sae, k): {name} | {sparsity.r2:.3f} | {b.value:.3g} | {b.low:.3g} to {b.high:.3g} |"
 
 
