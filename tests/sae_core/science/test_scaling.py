@@ -18,7 +18,7 @@ from sae_core.study import DictionarySettings, ScalingSettings
 from sae_core.training import at_l0
 from tests.sae_core.science.conftest import BASE, SWEEP
 
-LAW = JointLaw(floor=0.1, a=6.0, alpha=1.0, b=2.0, beta=1.1, gamma=0.5)
+LAW = JointLaw(floor=0.1, a=0.3, alpha=1.0, b=5.0, beta=1.1, gamma=0.5)
 
 
 def made_up(settings: ScalingSettings) -> Scaling:
