@@ -44,6 +44,9 @@ from sae_core.study import ScienceSettings
 
 REPORT, MARKDOWN, TREE = "science.json", "science.md", "tree.txt"
 
+LEAST_CONCEPTS = 30
+"""With fewer no curve can be told from another."""
+
 Verdict = Literal["holds", "does not", "cannot tell at this size"]
 
 
@@ -304,12 +307,12 @@ def _coverage_claims(found: Findings) -> Iterator[Claim]:
     for one in dictionaries:
         share, n = np.array(one.has, bool), len(one.has)
         low, high = share_interval(share)
-        enough = 5 <= share.sum() <= n - 5
+        enough = n >= LEAST_CONCEPTS and 5 <= share.sum() <= n - 5
+        half = f"; half at frequency {one.fit.half:.1e}, {one.fit.half * one.alive:.1f} / (live features)"
         yield Claim(
             f"a concept has a feature when it is frequent enough: {one.name}",
             "sigmoid in log frequency; half at slightly below 1 / (live features)",
-            f"{share.sum()} of {n} concepts; half at frequency {one.fit.half:.1e}, {one.fit.half * one.alive:.1f} / "
-            f"(live features)",
+            f"{share.sum()} of {n} concepts{half if enough else ''}",
             f"random directions {sum(random.has)}, principal ones {sum(principal.has)}", f"{low:.0%} to {high:.0%}",
             "cannot tell at this size" if not enough else "holds" if one.fit.slope > 0 else "does not",
         )  # fmt: skip
@@ -319,7 +322,7 @@ def _coverage_claims(found: Findings) -> Iterator[Claim]:
     yield Claim(
         "the curves of all sizes fall into one when frequency is scaled by live features", "they do",
         f"negative log-likelihood {scaled.loss:.3f}", f"unscaled {plain.loss:.3f}", "-",
-        "cannot tell at this size" if has.sum() < 20 else "holds" if scaled.loss < plain.loss else "does not",
+        "cannot tell at this size" if has.sum() < LEAST_CONCEPTS else "holds" if scaled.loss < plain.loss else "does not",
     )  # fmt: skip
     largest = dictionaries[-1]
     yield Claim(
