@@ -319,10 +319,11 @@ def _coverage_claims(found: Findings) -> Iterator[Claim]:
     has = np.concatenate([np.array(one.has, bool) for one in dictionaries])
     plain = logistic(np.tile(frequency, len(dictionaries)), has)
     scaled = logistic(np.concatenate([frequency * one.alive for one in dictionaries]), has)
+    enough = has.sum() >= LEAST_CONCEPTS
     yield Claim(
         "the curves of all sizes fall into one when frequency is scaled by live features", "they do",
         f"negative log-likelihood {scaled.loss:.3f}", f"unscaled {plain.loss:.3f}", "-",
-        "cannot tell at this size" if has.sum() < LEAST_CONCEPTS else "holds" if scaled.loss < plain.loss else "does not",
+        "cannot tell at this size" if not enough else "holds" if scaled.loss < plain.loss else "does not",
     )  # fmt: skip
     largest = dictionaries[-1]
     yield Claim(
