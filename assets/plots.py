@@ -20,6 +20,8 @@ from sae_core.frontier import Point
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from sae_core.science.scaling import Scaling
+
 ACCENT = "#d9622b"
 WIDTH, HEIGHT, POINTS = 240, 48, 40
 
@@ -70,6 +72,32 @@ def frontier_figure(points: Sequence[Point]) -> "Figure":
 def frontier_picture(points: Sequence[Point]) -> dict[str, dg.MetadataValue]:
     """The figure as metadata; nothing of a dictionary that stands alone."""
     return {"frontier": _png(frontier_figure(points))} if len(points) > 1 else {}
+
+
+def scaling_figure(scaling: "Scaling") -> "Figure":
+    """Loss against compute, with the law and the frontier; and loss against d_sae at equal compute."""
+    figure = _figure(10, 4)
+    left, right = figure.subplots(1, 2)
+    left.scatter([r.compute for r in scaling.grid], [r.fvu for r in scaling.grid], color="#999999", label="runs")
+    left.scatter([r.compute for r in scaling.frontier], [r.fvu for r in scaling.frontier], color=ACCENT, label="best")
+    compute = np.geomspace(scaling.grid[0].compute / 2, 16 * scaling.grid[-1].compute, 50)
+    left.plot(compute, scaling.loss.law.at(compute), color=ACCENT, label="law")
+    left.set(xlabel="compute: d_sae x steps", ylabel="variance unexplained (FVU), held-out", xscale="log", yscale="log")
+    left.legend()
+    for total in sorted({run.compute for run in scaling.grid}):
+        profile = sorted(run for run in scaling.grid if run.compute == total)
+        if len(profile) > 2:
+            right.plot([r.d_sae for r in profile], [r.fvu for r in profile], marker="o", label=f"C = {total:,}")
+    right.set(xlabel="d_sae, at equal compute", ylabel="FVU", xscale="log", yscale="log")
+    right.legend(fontsize="small")
+    return figure
+
+
+def scaling_pictures(folder: Path) -> dict[str, dg.MetadataValue]:
+    """The figure of a finished sweep, as metadata."""
+    from sae_core.science.scaling import REPORT, Scaling
+
+    return {"scaling": _png(scaling_figure(Scaling.open(folder / REPORT)))}
 
 
 def score_histograms(scores: Mapping[str, Mapping[str, Sequence[float | None]]]) -> dict[str, dg.MetadataValue]:

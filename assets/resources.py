@@ -107,9 +107,9 @@ class Workshop(dg.ConfigurableResource):
 
     def torch_device(self) -> str:
         """The device to compute on."""
-        import torch  # heavy: only a running step pays for it
+        from sae_core.devices import torch_device  # heavy: only a running step pays for it
 
-        return self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        return torch_device(self.device)
 
     @contextmanager
     def pool(self) -> Iterator["Pool | None"]:

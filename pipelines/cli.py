@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from pipelines.commands import circuits, keep, look, make, report, serve, use, why
+from pipelines.commands import circuits, keep, look, make, report, science, serve, use, why
 from sae_core.errors import message_of
 
 STOPPED = "stopped; what is finished stays, and the same command goes on from there"
@@ -62,7 +62,7 @@ def cli(context: click.Context, debug: bool) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-for module in (make, look, why, circuits, use, report, keep, serve):
+for module in (make, look, why, circuits, use, report, science, keep, serve):
     for command in vars(module).values():
         if isinstance(command, click.Command):
             cli.add_command(command)

@@ -18,15 +18,16 @@ from assets.neighbors import neighbors
 from assets.partitions import circuits, corpora, dictionaries, sites
 from assets.resources import STUDY_TAG, Workshop
 from assets.safety import behaviors, safety
+from assets.science import scaling, science
 from assets.steering import steering, steering_report
 from sae_core.artifacts import ATLAS, ArtifactStore, Recipe, Status
 from sae_core.generations import why_refused
-from sae_core.stages import ON_DEMAND, PER_STUDY, VERSIONS, recipes
+from sae_core.stages import ON_DEMAND, PER_STUDY, SITE_REPORTS, VERSIONS, recipes
 from sae_core.study import Study
 
 ASSETS = [
     corpus, activations, dictionary, features, neighbors, feature_map, steering, labels, atlas, steering_report, safety,
-    behaviors, multilingual, circuit,
+    behaviors, multilingual, circuit, scaling, science,
 ]  # fmt: skip
 
 make_corpus = dg.define_asset_job(
@@ -47,7 +48,10 @@ make_reports = dg.define_asset_job(
 make_circuits = dg.define_asset_job(
     "make_circuits", selection="group:circuits", partitions_def=circuits, description="One task's circuit."
 )
-STAGE_JOBS = [make_corpus, make_activations, make_dictionary, make_reports, make_circuits]
+make_science = dg.define_asset_job(
+    "make_science", selection="group:science", partitions_def=sites, description="One site's laws, and what holds."
+)
+STAGE_JOBS = [make_corpus, make_activations, make_dictionary, make_reports, make_circuits, make_science]
 
 
 class Step(NamedTuple):
@@ -100,8 +104,8 @@ def materialize(
 ) -> None:  # fmt: skip
     """One stage of a study, as one Dagster run; `config` is its run config. Raises what the stage raises."""
     defs = dg.Definitions(assets=ASSETS, jobs=STAGE_JOBS, resources={"workshop": workshop})
-    stage_job = {"corpus": "make_corpus", "activations": "make_activations", "circuit": "make_circuits"}
-    stage_job |= dict.fromkeys(ON_DEMAND, "make_reports")
+    own = {"corpus": "make_corpus", "activations": "make_activations", "circuit": "make_circuits"}
+    stage_job = dict.fromkeys(ON_DEMAND, "make_reports") | own | dict.fromkeys(SITE_REPORTS, "make_science")
     defs.resolve_job_def(stage_job.get(stage, "make_dictionary")).execute_in_process(
         partition_key=slug,
         asset_selection=[dg.AssetKey(stage)],

@@ -104,6 +104,18 @@ CHECKS: dict[str, list[Check]] = {
             _number("dead"), lambda wanted, order: Bounds(high=wanted.dead_max),
         ),
     ],
+    "scaling": [
+        Check(
+            "power_law", "Share of the variance of the runs' log losses that the joint law explains.",
+            _number("joint_r2"), lambda wanted, order: Bounds(low=0.95), warns=True,
+        ),
+    ],
+    "science": [
+        Check(
+            "told", "Share of the claims on which the sweep says something, one way or the other.",
+            lambda s: 1 - s["cannot_tell"] / s["claims"], lambda wanted, order: Bounds(low=0.5), warns=True,
+        ),
+    ],
     "neighbors": [
         Check(
             "recall", "Recall@10 of the index against exact search.",

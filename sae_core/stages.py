@@ -7,7 +7,7 @@
     steering, labels -> steering_report
 
 and, when they are asked for, the reports `safety` (of features and steering), `behaviors` (of the features that it
-found) and `multilingual`.
+found) and `multilingual`; of a site, `scaling` and `science`.
 
 The first dictionaries of all sites of a study together make `circuit`, one for each task that the study names.
 
@@ -28,8 +28,11 @@ VERSIONS = {
     "labels": 6, "atlas": 1,
 }  # fmt: skip
 
-ON_DEMAND = {"steering_report": 3, "safety": 2, "multilingual": 2, "behaviors": 1}
+ON_DEMAND = {"steering_report": 3, "safety": 2, "multilingual": 2, "behaviors": 1, "scaling": 1, "science": 1}
 """Versions of the stages that are no part of an atlas, and made when somebody asks for them."""
+
+SITE_REPORTS = ("scaling", "science")
+"""Those of them that belong to a site, and not to one of its dictionaries; each after what it reads."""
 
 PER_STUDY = {"circuit": 1}
 """Versions of the stages that are made of several dictionaries of a study, when the study asks for them."""
@@ -50,6 +53,12 @@ def recipes(study: Study, on_demand: bool = False) -> Iterator[Recipe]:
     }
     yield from sites.values()
     trained: dict[str, Recipe] = {}
+    if on_demand:
+        for one in map(study.at, study.sites):
+            settings = _settings(one.scaling) | {"dictionary": _settings(one.dictionaries[0])}
+            scaling = _recipe("scaling", one.site.slug, settings, sites[one.site])
+            yield scaling
+            yield _recipe("science", one.site.slug, _settings(one.science), corpus, sites[one.site], scaling)
     for one, dictionary in study.trainings:
         written = one.written(dictionary)
         read, also = sites[one.site], [sites[one.named(written)]] if written else []

@@ -6,6 +6,7 @@ threads, concurrency) is no part of a study. Files are read by `study_files`.
 This module is light: it must import in milliseconds, because every Dagster process reads it.
 """
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -465,6 +466,55 @@ class CircuitSettings(Settings):
     """Of the random circuits."""
 
 
+class ScalingSettings(Settings):
+    """The sweep that scaling laws are fitted to: many short runs, as the study's first dictionary is trained, from
+    shared reads of the activations.
+
+    Each is a run of its own, with a learning rate that rises and falls over its own steps: a checkpoint of a longer
+    run stands at a rate that a finished dictionary never ends on, and would be compared as if it did.
+    """
+
+    d_sae: list[int] = Field([128, 256, 512, 1024, 2048], min_length=3)
+    """Sizes, each trained for each of `tokens`; in equal ratios, so that several runs cost the same."""
+    tokens: list[int] = Field([65_536, 131_072, 262_144, 524_288, 1_048_576], min_length=3)
+    """Activations of a run, in the same ratios."""
+    lr_factor: float = Field(2.0, gt=0)
+    """Peak learning rate of these runs, as a multiple of `dictionary.lr`'s default; at SmolLM2's layer 15 the best of
+    0.5, 1, 2 and 4 in three of four pilot runs of fewer than 300,000 activations."""
+    lr_factors: list[float] = Field([0.5, 1.0, 4.0])
+    """Others that are tried where d_sae and tokens grow together, but for the largest of these; empty for none."""
+    k: list[int] = Field([8, 16, 64])
+    """Other k that are tried with the three largest d_sae at the middle one of `tokens`; empty for none."""
+    evaluation_tokens: int = Field(16_384, ge=256)
+    """Held-out activations that the loss of each run is measured on."""
+    resamples: int = Field(100, ge=20)
+    """Fits to resampled residuals, which the intervals are of."""
+    seed: int = 0
+    """Initial weights, order of the batches, and the resampling."""
+
+    @field_validator("d_sae", "tokens")
+    @classmethod
+    def _rise(cls, sizes: list[int]) -> list[int]:
+        if sizes[0] < 1 or any(a >= b for a, b in itertools.pairwise(sizes)):
+            raise ValueError("the sizes must be positive, and each larger than the one before it")
+        return sizes
+
+
+class ScienceSettings(Settings):
+    """Which of the papers' findings hold for the dictionaries of the sweep."""
+
+    tokens: int = Field(131_072, ge=1024)
+    """Training activations on which features are compared, and concepts looked for."""
+    twins: int = Field(256, ge=1)
+    """d_sae of the sweep that is trained from a second seed; where the sweep has no such, the second largest."""
+    kind_least: float = Field(0.005, gt=0, lt=0.5)
+    """Least share of the tokens that a language or kind of text must have for a feature of it to be looked for."""
+    families: int = Field(8, ge=0)
+    """Families of features that split, shown as a tree."""
+    seed: int = 0
+    """Of the random directions."""
+
+
 class CheckSettings(Settings):
     """The range in which this study's numbers must lie; outside it an asset check fails."""
 
@@ -527,6 +577,8 @@ class Study(Settings):
     behaviors: BehaviorSettings = BehaviorSettings()
     multilingual: MultilingualSettings = MultilingualSettings()
     circuits: CircuitSettings = CircuitSettings()
+    scaling: ScalingSettings = ScalingSettings()
+    science: ScienceSettings = ScienceSettings()
     checks: CheckSettings = CheckSettings()
     retraining: RetrainingSettings = RetrainingSettings()
 

@@ -5,12 +5,14 @@ A list in the `[dictionary]` table is a sweep: one dictionary for each combinati
 """
 
 import itertools
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from sae_core.artifacts import write_atomically
 from sae_core.errors import MindAtlasError
 from sae_core.names import to_slug
 from sae_core.study import Study
@@ -121,3 +123,25 @@ def _known_keys(location: tuple[int | str, ...]) -> set[str]:
         model = getattr(annotation, "__args__", (annotation,))[0] or annotation
     known = set(model.model_fields)
     return {_TABLES.get(key, key) for key in known - {"name"}} if model is Study else known
+
+
+def save_study(study: Study, path: Path) -> None:
+    """Write a study of one site and one dictionary as a file that `load_study` reads back; defaults are left out."""
+    said = study.model_dump(mode="json", exclude_defaults=True, exclude={"name", "sites", "dictionaries"})
+    own = {"activations": study.activations, "dictionary": study.dictionaries[0]}
+    said |= {key: one.model_dump(mode="json", exclude_defaults=True) for key, one in own.items()}
+    tables = {key: value for key, value in said.items() if isinstance(value, dict)}
+    lines = [f"{key} = {_toml(value)}" for key, value in said.items() if key not in tables]
+    for name, table in tables.items():
+        lines += ["", f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in table.items() if value is not None)]
+    with write_atomically(path) as file:
+        file.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML has it: JSON but for tables, which are inline here, and DEL, which is escaped."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(v)}" for key, v in value.items() if v is not None) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -131,10 +131,10 @@ def build_dictionary(
         start = Dictionary.load(previous, device) if previous and warm_start else None
         dictionary, effort = _trained(settings, source, folder, device, report, others, start)
     if previous:
-        dictionary = follow(Dictionary.load(previous, device), dictionary, _all_kept(source), previous, folder)
+        dictionary = follow(Dictionary.load(previous, device), dictionary, all_kept(source), previous, folder)
     dictionary.save(folder)
-    trained = measure(dictionary, _all_kept(source))
-    held_out = measure(dictionary, _all_kept(judged))
+    trained = measure(dictionary, all_kept(source))
+    held_out = measure(dictionary, all_kept(judged))
     spliced = _splice(dictionary, settings, site, model, corpus, judged, device)
     shape = {"threshold": float(dictionary.threshold.median()), "expansion": dictionary.d_sae / dictionary.d_model}
     return _summary(trained, held_out, spliced) | shape | effort
@@ -151,6 +151,18 @@ def _read_alike(
             found[folder] = other
             left -= size
     return found
+
+
+def memory_groups(wanted: Iterable[DictionarySettings], d_model: int) -> Iterator[list[DictionarySettings]]:
+    """Those that are trained from one read, as many at a time as `TOGETHER_BYTES` holds; one alone may take more."""
+    group: list[DictionarySettings] = []
+    for one in wanted:
+        if group and IN_TRAINING * d_model * (one.d_sae + sum(other.d_sae for other in group)) > TOGETHER_BYTES:
+            yield group
+            group = []
+        group.append(one)
+    if group:
+        yield group
 
 
 def _read_as(settings: DictionarySettings) -> tuple[Any, ...]:
@@ -183,7 +195,7 @@ def _trained(
     """The dictionary, and how much work it was; leaves `metrics.parquet` in the folder."""
     training = Training(settings, source, device, start)
     runs = {folder: training} | {path: Training(other, source, device) for path, other in others.items()}
-    _train({path / SCRATCH / CHECKPOINT: training for path, training in runs.items()}, source, report)
+    train_together({path / SCRATCH / CHECKPOINT: training for path, training in runs.items()}, source, report)
     dictionary = training.dictionary()
     if isinstance(training.architecture, BatchTopK):  # the others' thresholds are as they were trained
         steps = max(1, CALIBRATION_TOKENS // settings.batch_tokens)
@@ -195,8 +207,12 @@ def _trained(
     return dictionary, {"steps": training.n_steps, "tokens_per_second": round(speed, 1)}
 
 
-def _train(runs: Mapping[Path, Training], source: Activations, report: Report) -> None:
-    """Take all steps that are left; checkpoints are written now and then, at the end, and before a signal ends it."""
+def train_together(runs: Mapping[Path, Training], source: Activations, report: Report) -> None:
+    """Take all steps that are left of trainings, by the path of each's checkpoint, from one read of the activations.
+
+    Checkpoints are written now and then, at the end, and before a signal ends it. Raises TrainingError when a loss
+    diverges, or a checkpoint is of other settings.
+    """
     for checkpoint, training in runs.items():
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         if checkpoint.exists():
@@ -250,7 +266,7 @@ def _signals() -> Iterator[list[int]]:
         raise KeyboardInterrupt  # when whoever listens to the signal lets things go on
 
 
-def _all_kept(source: Activations, rows: int = 2048) -> Iterator[Float[Tensor, "batch d_model"]]:
+def all_kept(source: Activations, rows: int = 2048) -> Iterator[Float[Tensor, "batch d_model"]]:
     """Every activation that is no sink, once."""
     for shard in source.shards():
         yield from shard.acts[~shard.is_sink].split(rows)

@@ -246,8 +246,8 @@ def together(trainings: Sequence[Training], source: Source) -> Iterator[None]:
     Raises:
         TrainingError: a loss diverges.
     """
-    first = min(training.done for training in trainings)
     steps = max(training.n_steps for training in trainings)
+    first = min((training.done for training in trainings if training.done < training.n_steps), default=steps)
     settings = trainings[0].settings
     batches = source.batches(settings.batch_tokens, steps, settings.seed, start_step=first)
     for step, batch in enumerate(batches, first):
@@ -259,6 +259,11 @@ def together(trainings: Sequence[Training], source: Source) -> Iterator[None]:
 
 def learning_rate(settings: DictionarySettings, step: int, n_steps: int) -> float:
     """The rate of a step, counted from 0: a linear rise, the peak, a linear fall that would reach 0 after the end."""
-    peak = settings.lr or 1e-3 / math.sqrt(settings.d_sae / 2**14)
+    peak = settings.lr or default_lr(settings.d_sae)
     rise, fall = round(settings.lr_warmup * n_steps), round(settings.lr_decay * n_steps)
     return peak * min(1.0, (step + 1) / (rise + 1), (n_steps - step) / (fall + 1))
+
+
+def default_lr(d_sae: int) -> float:
+    """The peak learning rate where none is set: see `DictionarySettings.lr`."""
+    return 1e-3 / math.sqrt(d_sae / 2**14)

@@ -50,6 +50,8 @@ def test_lineage_runs_from_the_corpus_to_the_labels():
     assert parents["safety"] == {"features", "steering"}
     assert parents["circuit"] == {"activations", "dictionary"}
     assert parents["behaviors"] == {"features", "safety"}
+    assert parents["scaling"] == {"activations"}
+    assert parents["science"] == {"scaling", "activations", "corpus"}
 
 
 def test_what_is_made_on_demand_is_no_part_of_the_job_that_makes_a_dictionary():

@@ -2,9 +2,10 @@ from pathlib import Path
 
 import pytest
 
+from sae_core.artifacts import PROJECT
 from sae_core.stages import recipes
 from sae_core.study import Study
-from sae_core.study_files import StudyError, load_study
+from sae_core.study_files import StudyError, load_study, save_study
 
 MINIMAL = """
 [model]
@@ -142,3 +143,12 @@ def test_circuits_want_two_sites_and_a_folder_of_tasks_is_seen_from_the_file(tmp
     assert [d.k for _, d in two.first_trainings] == [16, 16]
     assert two.circuit_slug("agreement") == "mine.agreement"
     assert study(tmp_path, MINIMAL).circuits.tasks == []
+
+
+def test_a_study_that_is_saved_is_read_back_as_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "again.toml"
+    for shipped in ("quickstart", "standard", "paper"):
+        study = load_study(PROJECT / "pipelines" / "studies" / f"{shipped}.toml")
+        study = study.model_copy(update={"name": "again", "description": 'a "quoted" line,\nπ \\ \x7f and a tab\t'})
+        save_study(study, file)
+        assert load_study(file) == study

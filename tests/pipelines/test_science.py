@@ -1,0 +1,52 @@
+"""`plan`: durations, refusals, and a study file that says what was proposed."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click import BadParameter
+from click.testing import CliRunner
+
+from pipelines.commands.science import Duration, plan
+from sae_core.study_files import load_study
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("20m", 1200), ("1h30m", 5400), ("0.5h", 1800), ("1d", 86400)]
+)
+def test_a_duration_is_read_in_the_units_that_people_write(text: str, seconds: int):
+    assert Duration().convert(text, None, None) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "2", "h", "2 hours", "-2h", "2h later"])
+def test_what_is_no_duration_is_refused_with_how_to_write_one(text: str):
+    with pytest.raises(BadParameter, match="write 90s, 20m, 2h, 1h30m or 1d"):
+        Duration().convert(text, None, None)
+
+
+@pytest.mark.parametrize(("options", "why"), [
+    ([], "one of --budget 2h, --flops 1e15, --tokens 4000000"),
+    (["--budget", "1h", "--tokens", "5"], "one of --budget 2h"),
+    (["--budget", "1h", "--run"], "--run needs --into FILE.toml"),
+    (["--budget", "1h", "--into", "x.txt"], "ends in .toml"),
+])  # fmt: skip
+def test_plan_says_what_is_missing_before_it_measures_anything(options: list[str], why: str):
+    result = CliRunner().invoke(plan, ["tiny", *options])
+    assert result.exit_code == 2
+    assert why in result.output
+
+
+def test_a_plan_for_a_model_that_was_never_read_is_written_as_a_study_that_loads(tiny_study: Path, tmp_path: Path):
+    file = tmp_path / "larger.toml"
+    options = ["tiny", "--tokens", "20000", "--into", str(file), "--device", "cpu", "--json"]
+    result = CliRunner().invoke(plan, options, catch_exceptions=False)
+    told = json.loads(result.stdout)
+    before, after = load_study(tiny_study), load_study(file)
+    assert "the law is that of layer 15 of SmolLM2-135M-Instruct" in told["note"]
+    (dictionary,) = after.dictionaries
+    assert (dictionary.d_sae, dictionary.tokens) == (told["proposal"]["d_sae"], told["proposal"]["tokens"])
+    assert dictionary.lr == told["proposal"]["lr"]
+    assert 19_000 < dictionary.tokens <= 20_000
+    changed = {"name", "dictionaries"}
+    assert after.model_dump(exclude=changed) == before.model_dump(exclude=changed)
+    assert told["proposal"]["seconds"] > 0
