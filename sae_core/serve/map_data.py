@@ -1,7 +1,7 @@
 """What the map page draws: every feature's place, cluster, density and score in one binary table, and their names.
 
 The table's rows lie along a Z-order curve (Morton 1966), so that features near each other on the map have their names
-in the same few chunks. A browser reads whole columns without parsing; `tests/sae_core/serve/test_map.py` states the layout.
+in the same few chunks. A browser reads whole columns without parsing; `test_map.py` states the layout.
 """
 
 import json
