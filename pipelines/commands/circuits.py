@@ -54,11 +54,15 @@ def circuit(
     help="Take this one out; may be given several times (default: by words of labels).",
 )  # fmt: skip
 @click.option("--keyword", "keywords", multiple=True, metavar="WORD", help="Take out features whose labels hold it.")
+@click.option(
+    "--judge", is_flag=True, help="Take out features whose labels the study's label writer finds to be about it."
+)
 @click.option("--layer", type=int, help="Layer that the probe reads (default: that of the study's middle dictionary).")
 @click.option("--each", default=32, show_default=True, type=click.IntRange(4, 1000), help="Texts of each group.")
 @as_json
 def shift(
-    study: str, features: tuple[str, ...], keywords: tuple[str, ...], layer: int | None, each: int, json_: bool
+    study: str, features: tuple[str, ...], keywords: tuple[str, ...], judge: bool, layer: int | None, each: int,
+    json_: bool,
 ) -> None:  # fmt: skip
     """Take features that should not matter out of a probe with a spurious cue (SHIFT), and measure what that does."""
     from pipelines.console import print_json
@@ -67,6 +71,7 @@ def shift(
     asked = [_numbers(text) for text in features]
     name = study_name(study)
     from assets.partitions import STUDIES
+    from sae_core.circuits.judge import about_cue
     from sae_core.circuits.network import Network, places_of
     from sae_core.circuits.reader import labels
     from sae_core.circuits.shift import Shift, load_biographies
@@ -84,7 +89,13 @@ def shift(
     run = Shift(network, corpus, load_biographies(), each=each)
     keys = [(node.place, node.feature) for node in (*run.circuit, *run.by_cue[:100])]
     names = labels(store, [place.name for place in network.places], keys)
-    chosen = {"SHIFT, by hand": run.named(asked)} if asked else {"SHIFT, by labels": run.labeled(names, keywords)}
+    if asked:
+        chosen = {"SHIFT, by hand": run.named(asked)}
+    elif judge:
+        about, unread = about_cue(run.names_of(names), run.made_of.cues, wanted.labels)
+        chosen = {f"SHIFT, by a judge ({unread} without an answer)": run.of_circuit(about)}
+    else:
+        chosen = {"SHIFT, by labels": run.labeled(names, keywords)}
     count = len(next(iter(chosen.values())))
     chosen["SHIFT, by exchanging the cue"] = [node for node in run.by_cue if node.feature >= 0][:count]
     scores = run.measure(chosen)

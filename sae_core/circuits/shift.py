@@ -11,7 +11,7 @@ does not); the words of the cue taken out of the texts; and a probe trained on t
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -225,7 +225,16 @@ class Shift:
         """Features of the circuit whose labels hold one of some words (default: those of the texts' cue)."""
         words = "|".join(map(re.escape, keywords or self.made_of.keywords))
         holds = re.compile(rf"(?<!\w)({words})(?!\w)", re.IGNORECASE)
-        return [n for n in self.circuit if n.feature != ERROR and holds.search(labels.get((n.place, n.feature), ""))]
+        return self.of_circuit({key for key, label in self.names_of(labels).items() if holds.search(label)})
+
+    def names_of(self, labels: dict[tuple[int, int], str]) -> dict[tuple[int, int], str]:
+        """The labels of the circuit's features; empty where there is none."""
+        keys = [(n.place, n.feature) for n in self.circuit if n.feature != ERROR]
+        return {key: labels.get(key, "") for key in keys}
+
+    def of_circuit(self, keys: Collection[tuple[int, int]]) -> list[Node]:
+        """Those of the circuit's features, the largest effect first."""
+        return [node for node in self.circuit if (node.place, node.feature) in keys]
 
     def named(self, features: Sequence[tuple[int, int]]) -> list[Node]:
         """Features by layer and number. Raises CircuitError when there is no such one."""

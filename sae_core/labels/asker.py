@@ -1,18 +1,29 @@
 """Questions to a language model whose answers are read: what cannot be had or read is recorded, and is no answer."""
 
+import asyncio
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+from sae_core.labels.budget import BudgetReached
 from sae_core.labels.client import ChatClient, Completion, EndpointError, RequestFailed
 from sae_core.labels.prompts import BadAnswer, Message
+from sae_core.progress import Report
 
 _GIVE_UP_AFTER = 5  # requests in a row that the server failed
 
 Record = Callable[[dict[str, Any]], None]
 T = TypeVar("T")
+
+
+class Question(NamedTuple):
+    """What is asked of a language model."""
+
+    about: dict[str, Any]
+    """What the question is about, for the record."""
+    messages: list[Message]
 
 
 class Asker:
@@ -66,6 +77,60 @@ class Asker:
                 f"{self.client.endpoint} failed {self._failures} requests in a row, the last with: {error}; "
                 "see that it runs, then run again: what was answered is kept"
             )
+
+
+async def run_all(work: Sequence[Awaitable[None]]) -> None:
+    """Run all to their ends; the first error ends the others and is raised as it is."""
+    tasks = [asyncio.ensure_future(w) for w in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def ask_all(
+    client: ChatClient, questions: Sequence[Question], read: Callable[[Completion], T], at_once: int, record: Record,
+    report: Report, **parameters: Any,
+) -> tuple[list[T | None], str]:  # fmt: skip
+    """What `read` makes of each answer, None where it is none; and why the client asked no more, if it did not.
+
+    Args:
+        client: answers; it is closed at the end.
+        questions: what is asked.
+        read: of an answer; raises BadAnswer.
+        at_once: requests under way, at most.
+        record: told of every answer, as JSON values.
+        report: progress, in questions.
+        parameters: fields of these requests in place of the client's.
+
+    Raises:
+        EndpointError: the server answers nothing, or failed several requests in a row.
+        ArtifactError: the disk is full.
+    """
+    asker, places = Asker(client, record), asyncio.Semaphore(at_once)
+    found: list[T | None] = [None] * len(questions)
+    done, stopped = 0, ""
+
+    async def work(place: int, asked: Question) -> None:
+        nonlocal done, stopped
+        async with places:
+            try:
+                found[place] = await asker.ask(dict(asked.about), asked.messages, read, **parameters)
+            except BudgetReached as reached:
+                stopped = str(reached)
+        done += 1
+        report(done, len(questions), "judged")
+
+    try:
+        if client.budget.is_limited:
+            for asked in questions:
+                client.settle(asked.messages, **parameters)
+        await run_all([work(place, asked) for place, asked in enumerate(questions)])
+    finally:
+        await client.close()
+    return found, stopped
 
 
 @contextmanager

@@ -2,11 +2,11 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sae_core.features import Features
-from sae_core.labels.asker import Record
+from sae_core.labels.asker import Record, run_all
 from sae_core.labels.budget import BudgetReached
 from sae_core.labels.client import ChatClient, Completion, EndpointDown, EndpointError, RequestFailed
 from sae_core.labels.prices import NOTHING, Usage
@@ -171,14 +171,3 @@ class Labeler:
     def _note(self, feature: int, turn: int, usage: Usage, error: str, **answered: Any) -> None:
         told = {"feature": feature, "turn": turn, "error": error, "model": self.client.model}
         self.record(told | usage._asdict() | {"dollars": self.client.budget.price(usage)} | answered)
-
-
-async def run_all(work: Sequence[Awaitable[None]]) -> None:
-    """Run all to their ends; the first error ends the others and is raised as it is."""
-    tasks = [asyncio.ensure_future(w) for w in work]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 
 from sae_core.artifacts import write_atomically
 from sae_core.corpus import Corpus
-from sae_core.labels.asker import recorder
+from sae_core.labels.asker import ask_all, recorder
 from sae_core.labels.endpoint import label_writer
 from sae_core.progress import Report, silent
 from sae_core.steering_levers import levers
 from sae_core.steering_report.choosing import CHOICES, CHOICES_SCHEMA, Choice, choose
-from sae_core.steering_report.judge import Grades, grade_all
+from sae_core.steering_report.judge import PARAMETERS, Grades, read_grades
 from sae_core.steering_report.measuring import Case, measure, rows
 from sae_core.steering_report.rows import REPORT, SCHEMA, Row, expected_to_rise, raised
 from sae_core.steering_report.writing import markdown
@@ -99,7 +99,7 @@ def _graded(
     with recorder(folder / GRADES) as record, label_writer(judge, key, report) as client:
         questions = [question for some in asked for question in some]
         at_once = judge.concurrency if judge.base_url else 1
-        found, stopped = asyncio.run(grade_all(client, questions, at_once, record, report))
+        found, stopped = asyncio.run(ask_all(client, questions, read_grades, at_once, record, report, **PARAMETERS))
     ends = np.cumsum([len(some) for some in asked]).tolist()
     return [found[end - len(some) : end] for end, some in zip(ends, asked, strict=True)], stopped
 

@@ -5,18 +5,13 @@ when one of them is: a text that holds the concept and nothing else is worth not
 text; here one answer gives all three, in words of our own.
 """
 
-import asyncio
 import json
-from collections.abc import Sequence
 from statistics import harmonic_mean
 from typing import Any, NamedTuple
 
-from sae_core.labels.asker import Asker, Record
-from sae_core.labels.budget import BudgetReached
-from sae_core.labels.client import ChatClient, Completion
-from sae_core.labels.labeler import run_all
+from sae_core.labels.asker import Question
+from sae_core.labels.client import Completion
 from sae_core.labels.prompts import BadAnswer, Message, as_data, objects
-from sae_core.progress import Report
 
 _SYSTEM = """\
 You grade texts that a language model wrote. You are given, between tags, the instruction it had, a concept, and its \
@@ -49,26 +44,18 @@ _SCHEMA = {
     "type": "object", "properties": dict.fromkeys(Grades._fields, _LEAST), "required": list(Grades._fields),
     "additionalProperties": False,
 }  # fmt: skip
-_PARAMETERS = {
+PARAMETERS = {
     "max_tokens": 60,
     "response_format": {"type": "json_schema", "json_schema": {"name": "grades", "strict": True, "schema": _SCHEMA}},
 }
 
 
-class Question(NamedTuple):
-    """A text that is to be graded."""
-
-    feature: int
-    condition: str
-    instruction: str
-    concept: str
-    text: str
-
-    def messages(self) -> list[Message]:
-        """What a judge is asked."""
-        told = {"instruction": self.instruction, "concept": self.concept, "text": self.text}
-        lines = [f"<{tag}>\n{as_data(said)}\n</{tag}>" for tag, said in told.items()]
-        return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": "\n".join(lines)}]
+def question(feature: int, condition: str, instruction: str, concept: str, text: str) -> Question:
+    """What a judge is asked of a text."""
+    told = {"instruction": instruction, "concept": concept, "text": text}
+    lines = [f"<{tag}>\n{as_data(said)}\n</{tag}>" for tag, said in told.items()]
+    messages: list[Message] = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": "\n".join(lines)}]
+    return Question({"feature": feature, "condition": condition, "instruction": instruction}, messages)
 
 
 def read_grades(completion: Completion) -> Grades:
@@ -78,44 +65,3 @@ def read_grades(completion: Completion) -> Grades:
         if all(type(grade) is int and 0 <= grade <= _BEST for grade in grades):
             return Grades(*grades)
     raise BadAnswer(f"there is no JSON object whose {', '.join(map(json.dumps, Grades._fields))} are 0, 1 or 2")
-
-
-async def grade_all(
-    client: ChatClient, questions: Sequence[Question], at_once: int, record: Record, report: Report
-) -> tuple[list[Grades | None], str]:
-    """The grades of each text, None where there is no answer that can be read; and why the judge asked no more.
-
-    Args:
-        client: answers; it is closed at the end.
-        questions: the texts.
-        at_once: requests under way, at most.
-        record: told of every answer, as JSON values.
-        report: progress, in texts.
-
-    Raises:
-        EndpointError: the server answers nothing, or failed several requests in a row.
-        ArtifactError: the disk is full.
-    """
-    asker, places = Asker(client, record), asyncio.Semaphore(at_once)
-    found: list[Grades | None] = [None] * len(questions)
-    done, stopped = 0, ""
-
-    async def work(place: int, asked: Question) -> None:
-        nonlocal done, stopped
-        async with places:
-            about = {"feature": asked.feature, "condition": asked.condition, "instruction": asked.instruction}
-            try:
-                found[place] = await asker.ask(about, asked.messages(), read_grades, **_PARAMETERS)
-            except BudgetReached as reached:
-                stopped = str(reached)
-        done += 1
-        report(done, len(questions), "judged")
-
-    try:
-        if client.budget.is_limited:
-            for asked in questions:
-                client.settle(asked.messages(), **_PARAMETERS)
-        await run_all([work(place, asked) for place, asked in enumerate(questions)])
-    finally:
-        await client.close()
-    return found, stopped

@@ -11,12 +11,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_core.generation import read_prompt
+from sae_core.labels.asker import Question
 from sae_core.labels.scoring.embedding import Embedder
 from sae_core.progress import Report
 from sae_core.steering import Steer
 from sae_core.steering_replay import Passage, Replay
 from sae_core.steering_report.choosing import Candidate, Choice
-from sae_core.steering_report.judge import Grades, Question
+from sae_core.steering_report.judge import Grades, question
 from sae_core.steering_report.rows import Row
 from sae_core.steering_texts import (
     Condition,
@@ -68,7 +69,7 @@ class Case(NamedTuple):
     def questions(self) -> list[Question]:
         """What a judge is asked of the texts."""
         of = self.candidate
-        return [Question(of.feature, self.condition, REPORTING[t.text.prompt], of.label, t.said) for t in self.texts]
+        return [question(of.feature, self.condition, REPORTING[t.text.prompt], of.label, t.said) for t in self.texts]
 
 
 def measure(

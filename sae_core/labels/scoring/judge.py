@@ -16,10 +16,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from sae_core.labels.asker import Asker, Record
+from sae_core.labels.asker import Asker, Record, run_all
 from sae_core.labels.budget import BudgetReached
 from sae_core.labels.client import ChatClient, Completion
-from sae_core.labels.labeler import run_all
 from sae_core.labels.prompts import BadAnswer, Message, as_data, marked, objects
 from sae_core.labels.scoring.embedding import joined
 from sae_core.labels.scoring.items import SHOWN, Answers, Item, Trial
