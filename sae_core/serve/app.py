@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.staticfiles import StaticFiles
@@ -36,6 +37,9 @@ _STATUS: dict[type[MindAtlasError], int] = {
     SteeringError: 400,
 }  # fmt: skip
 """The answer to each error; any other that a user can mend is 500."""
+
+_DAMAGED = (pa.ArrowInvalid, duckdb.InvalidInputException)
+"""What pyarrow and DuckDB say of a file that is not the Parquet its name tells."""
 
 
 def create_app(
@@ -93,13 +97,15 @@ def create_app(
     app.add_exception_handler(RequestValidationError, _invalid)
     for vanished in (FileNotFoundError, duckdb.IOException):
         app.add_exception_handler(vanished, _vanished)
+    for damaged in _DAMAGED:
+        app.add_exception_handler(damaged, _damaged)
     return app
 
 
 def _prepare(shelf: Shelf) -> None:
     """Have ready what the first search and the first visitor of the map would else wait for, as far as it is made."""
     for prepare in (Atlas.open_indexes, prepare_map):
-        with suppress(MindAtlasError, OSError):
+        with suppress(MindAtlasError, OSError, duckdb.IOException, *_DAMAGED):  # told to whoever asks for it
             prepare(shelf.atlas())
 
 
@@ -126,6 +132,11 @@ def _invalid(request: Request, error: Exception) -> Response:
 def _vanished(request: Request, error: Exception) -> Response:
     """A file went while it was read: the stage was made anew, and its old folder dropped."""
     return _answer(request, 503, "this part of the atlas is being made anew: reload the page")
+
+
+def _damaged(request: Request, error: Exception) -> Response:
+    """What a table holds is no table: a disk's fault, or a hand's."""
+    return _answer(request, 500, f"a file of this atlas cannot be read ({error}): `mind-atlas verify` names it")
 
 
 def _answer(request: Request, status: int, message: str) -> Response:

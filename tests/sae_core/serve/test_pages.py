@@ -68,13 +68,14 @@ def copy(root: Path, to: Path, *leave_out: str) -> ArtifactStore:
 
 
 def rewrite(file: Path, **columns: object) -> None:
-    """Replace columns of a table; a plain value stands in each row."""
+    """Replace columns of a table, at once as the store does; a plain value stands in each row."""
     table = pq.read_table(file)
     for name, value in columns.items():
         values = value if isinstance(value, list) else [value] * table.num_rows
         field = pa.array(values, table.schema.field(name).type) if name in table.column_names else pa.array(values)
         table = table.drop([name] if name in table.column_names else []).append_column(name, field)
-    pq.write_table(table, file)
+    pq.write_table(table, new := file.with_suffix(".new"))
+    new.replace(file)
 
 
 def score(value: float) -> Score:
@@ -393,6 +394,16 @@ def test_a_stage_made_anew_is_shown_without_a_restart(tiny_atlas: Path, atlas: A
         file = manifest.folder.parent / "manifest.json"
         file.write_text(file.read_text("utf-8"), "utf-8")
         assert "a new name" in client.get(path(atlas, 3)).text
+
+
+def test_a_damaged_table_is_answered_with_the_cure(tiny_atlas: Path, atlas: Atlas, tmp_path: Path):
+    store = copy(tiny_atlas, tmp_path)
+    file = store.get("labels", atlas.dictionary).folder / "labels.parquet"
+    file.write_bytes(file.read_bytes()[:-100])
+    with open_client(store) as client:  # which reads it on its own account, too
+        answer = client.get("/api/search", params={"q": "bridge"})
+        assert answer.status_code == 500
+        assert "mind-atlas verify" in answer.text
 
 
 def test_every_answer_of_the_api_has_a_documented_shape(client: TestClient):
