@@ -10,10 +10,10 @@ same strength, and against words that ask for the opposite.
 """
 
 import hashlib
+import itertools
 import json
 import tomllib
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from sae_core.progress import Report, silent
 from sae_core.safety.audit import AUDIT
 from sae_core.settings import Settings
 from sae_core.steering import Steer
+from sae_core.steering_replay import Passage, Replay
 from sae_core.steering_texts import Condition, Subject, condition_steering, with_controls
 from sae_core.study import BehaviorSettings
 
@@ -38,8 +39,8 @@ SHIPPED = Path(__file__).with_suffix(".toml")
 BEHAVIORS, TABLE, MARKDOWN = "behaviors.json", "behaviors.parquet", "behaviors.md"
 CHANGES = {"down": -1.0, "ablated": 0.0, "up": 1.0}
 """Clamps, in shares of the strength that the settings ask for."""
-_LOGITS = 2**25
-"""Logits held at once."""
+_TOKENS = 2**13
+"""Tokens read at once."""
 _RESAMPLES = 2000
 
 
@@ -172,7 +173,7 @@ def known(subject: Subject, behavior: Behavior) -> list[dict[str, str]]:
     if not behavior.before:
         return behavior.items
     undisturbed = behavior.model_copy(update={"turns": behavior.before})
-    found = choose(subject, [_choice(subject.lm, undisturbed, item) for item in behavior.items], [Condition()])
+    found = Choices(subject, [_choice(subject.lm, undisturbed, item) for item in behavior.items]).under([Condition()])
     return [item for item, odds in zip(behavior.items, found.odds[0], strict=True) if odds < 0]
 
 
@@ -181,11 +182,10 @@ def measure(
     settings: BehaviorSettings, report: Report = silent,
 ) -> list[Effect]:  # fmt: skip
     """A behavior under every change of some features, and under the controls of each."""
-    choices = [_choice(subject.lm, behavior, item) for item in items]
-    told = [_choice(subject.lm, behavior, item, behavior.instruction) for item in items]
+    choices = Choices(subject, [_choice(subject.lm, behavior, item) for item in items])
+    told = Choices(subject, [_choice(subject.lm, behavior, item, behavior.instruction) for item in items])
     total = len(items) * (2 + len(best) * len(CHANGES))
-    base = choose(subject, choices, [Condition()])
-    asked = choose(subject, told, [Condition()])
+    base, asked = choices.under([Condition()]), told.under([Condition()])
     effects = [
         _effect(behavior.name, None, "none", "nothing", base, base),
         _effect(behavior.name, None, "asked", "words", asked, base),
@@ -194,7 +194,7 @@ def measure(
         for place, (change, share) in enumerate(CHANGES.items()):
             steer = Steer(feature, share * settings.strength)
             kinds = with_controls(subject, steer, settings.controls, settings.seed).items()
-            done = {by: choose(subject, choices, conditions) for by, conditions in kinds}
+            done = {by: choices.under(conditions) for by, conditions in kinds}
             effects += _judged(behavior.name, feature, change, done, base)
             report((2 + number * len(CHANGES) + place + 1) * len(items), total, "choices")
     return effects
@@ -242,40 +242,46 @@ def _choice(lm: LanguageModel, behavior: Behavior, item: dict[str, str], instruc
     return Choice(prompt, one, other)
 
 
-@torch.no_grad()
-def choose(subject: Subject, choices: Sequence[Choice], conditions: Sequence[Condition]) -> Chosen:
-    """Log-odds of each choice under each condition.
+class Choices:
+    """Choices that a model has read as it is, to be read again under conditions from the steered layer on.
 
     Ways that differ in their last token alone are read once: those of one token need the prompt alone.
     """
-    odds, said = (np.zeros((len(conditions), len(choices))) for _ in range(2))
-    for column, choice in enumerate(choices):
-        ways = [*choice.one, *choice.other]
-        of = np.zeros((len(conditions), len(ways)))
-        for stem in dict.fromkeys(tuple(way[:-1]) for way in ways):
-            fitting = [i for i, way in enumerate(ways) if tuple(way[:-1]) == stem]
-            of[:, fitting] = _logprobs(subject, choice.prompt, [*stem], [ways[i][-1] for i in fitting], conditions)
-        one, other = (np.logaddexp.reduce(side, axis=1) for side in np.split(of, [len(choice.one)], axis=1))
-        odds[:, column], said[:, column] = one - other, np.logaddexp(one, other)
-    return Chosen(odds, said)
 
+    def __init__(self, subject: Subject, choices: Sequence[Choice]) -> None:
+        self._subject, self._choices = subject, choices
+        self._stems = [[*dict.fromkeys(tuple(way[:-1]) for way in (*c.one, *c.other))] for c in choices]
+        passages = [
+            Passage([*choice.prompt, *stem], len(stem) + 1)
+            for choice, stems in zip(choices, self._stems, strict=True)
+            for stem in stems
+        ]
+        self._replay = Replay(subject, passages)
 
-def _logprobs(
-    subject: Subject, prompt: list[int], stem: list[int], last: list[int], conditions: Sequence[Condition]
-) -> Float[np.ndarray, "conditions ways"]:
-    """Log-probability of the stem and each of the last tokens, after the prompt."""
-    ids, first = [*prompt, *stem], len(prompt) - 1
-    found = np.zeros((len(conditions), len(last)))
-    step = max(1, _LOGITS // (len(ids) * subject.lm.vocab_size))
-    for start in range(0, len(conditions), step):
-        some = conditions[start : start + step]
-        steering = condition_steering(subject, some)
-        with steering.applied(subject.lm) if steering else nullcontext():
-            logits = subject.lm.logits(torch.tensor([ids] * len(some), device=subject.lm.device))[:, first:]
-        logprobs = logits.float().log_softmax(-1).cpu().numpy()
-        shared = logprobs[:, range(len(stem)), stem].sum(1, keepdims=True)
-        found[start : start + len(some)] = shared + logprobs[:, -1, last]
-    return found
+    def under(self, conditions: Sequence[Condition]) -> Chosen:
+        """Log-odds of each choice under each condition."""
+        odds, said = (np.zeros((len(conditions), len(self._choices))) for _ in range(2))
+        number = itertools.count()
+        for column, (choice, stems) in enumerate(zip(self._choices, self._stems, strict=True)):
+            ways = [*choice.one, *choice.other]
+            of = np.zeros((len(conditions), len(ways)))
+            for stem in stems:
+                fitting = [i for i, way in enumerate(ways) if tuple(way[:-1]) == stem]
+                logprobs = self._logprobs(next(number), len(choice.prompt) + len(stem), conditions)
+                shared = logprobs[:, range(len(stem)), stem].sum(1, keepdims=True)
+                of[:, fitting] = shared + logprobs[:, -1, [ways[i][-1] for i in fitting]]
+            one, other = (np.logaddexp.reduce(side, axis=1) for side in np.split(of, [len(choice.one)], axis=1))
+            odds[:, column], said[:, column] = one - other, np.logaddexp(one, other)
+        return Chosen(odds, said)
+
+    def _logprobs(
+        self, passage: int, length: int, conditions: Sequence[Condition]
+    ) -> Float[np.ndarray, "conditions looked_at vocab"]:
+        """Log-probabilities after the last tokens of a passage."""
+        step = max(1, _TOKENS // length)
+        parts = [conditions[start : start + step] for start in range(0, len(conditions), step)]
+        logits = [self._replay.logits(passage, len(p), condition_steering(self._subject, p)) for p in parts]
+        return torch.cat(logits).log_softmax(-1).cpu().numpy()
 
 
 def beyond(effects: Sequence[Effect]) -> list[Effect]:

@@ -17,8 +17,8 @@ from sae_core.safety.behaviors import (
     Behavior,
     BehaviorError,
     Choice,
+    Choices,
     build_behaviors,
-    choose,
     known,
     load_behaviors,
     measure,
@@ -76,7 +76,7 @@ def test_log_odds_are_those_of_each_way_read_by_itself(subject: Subject) -> None
     steer = Steer(PLANTED, 2.0)
     direction = subject.random_directions(1, 0)[0]
     conditions = [Condition(), Condition(steer), Condition(steer, direction)]
-    found = choose(subject, [choice], conditions)
+    found = Choices(subject, [choice]).under(conditions)
     for row, condition in enumerate(conditions):
         directions = None if condition.direction is None else condition.direction[None]
         steering = subject.steering([steer] if condition.steer else [], directions=directions)
@@ -107,7 +107,7 @@ def test_an_item_that_the_model_does_not_know_does_not_count(subject: Subject) -
         Choice(subject.lm.prompt_ids([{"role": "user", "content": f"The {item['job']}?"}]),
                *([subject.lm.tokenizer(w)["input_ids"]] for w in (" bridge", " river"))) for item in PRONOUNS.items
     ]  # fmt: skip
-    odds = choose(subject, choices, [Condition()]).odds[0]
+    odds = Choices(subject, choices).under([Condition()]).odds[0]
     assert known(subject, asked) == [item for item, one in zip(PRONOUNS.items, odds, strict=True) if one < 0]
     assert known(subject, PRONOUNS) == PRONOUNS.items
 
