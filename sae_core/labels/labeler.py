@@ -65,13 +65,16 @@ class Labeler:
         """Why features were left out, when the budget was used up."""
         self._failures = 0
         self._answered = False
+        self._begun: dict[int, Outcome] = {}
+        """What came of features whose first answer could not be used: it is paid for, whatever comes after it."""
 
     async def label_all(self, chosen: Sequence[int], concurrency: int, report: Report) -> list[Outcome]:
         """Outcomes in the order of `chosen`, with at most `concurrency` requests under way (the client sees to it).
 
         Some more features are at work: while their questions are made or their answers kept, no place is empty.
 
-        When the budget is used up, what is under way is waited for, and the features that are left have no outcome.
+        When the budget is used up, what is under way is waited for, and the features that are left have no outcome,
+        but for those whose answer was to be asked for again: they have failed.
 
         Raises:
             EndpointError: the server answers nothing, or failed several requests in a row.
@@ -97,6 +100,7 @@ class Labeler:
         self._give_up_after = min(_GIVE_UP_AFTER, len(chosen))
         await run_all([work() for _ in range(min(concurrency + concurrency // 4, len(chosen)))])
         self.stopped = self.stopped if todo else ""
+        outcomes = self._begun | outcomes
         return [outcomes[feature] for feature in chosen if feature in outcomes]
 
     async def label(self, feature: int) -> Outcome:
@@ -115,6 +119,7 @@ class Labeler:
             self._note(feature, turn, completion.usage, outcome.error, **completion.told())
             if outcome.answer:
                 break
+            self._begun[feature] = outcome
             messages = ask_again(messages, completion.text, outcome.error)
         return outcome
 

@@ -303,6 +303,18 @@ def test_dollars_are_counted_row_by_row_and_never_overrun(endpoint, settings, ma
     assert sum(a["dollars"] for a in attempts(tmp_path / "out")) == pytest.approx(summary["dollars"])
 
 
+def test_an_answer_that_cannot_be_used_is_paid_for_though_the_budget_ends_there(
+    endpoint, settings, make_features, tmp_path
+):
+    endpoint.script = [lambda h, b: h.answer("prose")]
+    limits = {"prompt_price": 10.0, "completion_price": 50.0, "max_requests": 1, "features": 2}
+    summary = build(settings.model_copy(update=limits), make_features(2, dead=()), tmp_path / "out", concurrency=1)
+    rows = Labels.open(tmp_path / "out").rows()
+    assert sorted(row.status for row in rows) == ["failed", "lexical"]
+    assert sum(row.dollars for row in rows) == summary["dollars"] == pytest.approx((100 * 10 + 20 * 50) / 1e6)
+    assert "labels.max_requests" in summary["stopped"]
+
+
 def test_without_a_price_dollars_are_unknown(settings, make_features, tmp_path):
     assert build(settings, make_features(), tmp_path / "out")["dollars"] is None
     labels = Labels.open(tmp_path / "out")
