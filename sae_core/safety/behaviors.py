@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,6 +92,11 @@ class Chosen(NamedTuple):
     """ln P(one) - ln P(other)."""
     said: Float[np.ndarray, "conditions choices"]
     """ln of the probability that it is one of both."""
+
+    def split(self, lengths: Sequence[int]) -> Iterator["Chosen"]:
+        """So many conditions each."""
+        places = np.cumsum(lengths)[:-1]
+        return map(Chosen, np.split(self.odds, places), np.split(self.said, places))
 
 
 class Effect(NamedTuple):
@@ -193,8 +198,10 @@ def measure(
     for number, feature in enumerate(best):
         for place, (change, share) in enumerate(CHANGES.items()):
             steer = Steer(feature, share * settings.strength)
-            kinds = with_controls(subject, steer, settings.controls, settings.seed).items()
-            done = {by: choices.under(conditions) for by, conditions in kinds}
+            kinds = with_controls(subject, steer, settings.controls, settings.seed)
+            together = choices.under([condition for conditions in kinds.values() for condition in conditions])
+            parts = together.split([len(conditions) for conditions in kinds.values()])
+            done = dict(zip(kinds, parts, strict=True))
             effects += _judged(behavior.name, feature, change, done, base)
             report((2 + number * len(CHANGES) + place + 1) * len(items), total, "choices")
     return effects
