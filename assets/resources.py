@@ -1,7 +1,6 @@
 """The one resource: where things are kept, what the machine is, and how a stage is made with both."""
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from sae_core.artifacts import ATLAS, ArtifactError, ArtifactStore, Draft, Made,
 from sae_core.checks import Verdict, verdicts
 from sae_core.errors import MindAtlasError
 from sae_core.generations import collect, followed, served
-from sae_core.progress import Report
+from sae_core.progress import Report, now_and_then
 from sae_core.settings import Settings
 from sae_core.studies import Order
 from sae_core.study import DictionarySettings
@@ -250,20 +249,10 @@ def _rounded(value: bool | int | float | str) -> bool | int | float | str:
 
 def _reporter(context: dg.AssetExecutionContext, stage: str) -> Report:
     """Progress for the log now and then, and for every watcher at once."""
-    watching = [watch(stage) for watch in watchers]
-    start = last = time.monotonic()
+    reports = [now_and_then(context.log.info, LOG_SECONDS), *(watch(stage) for watch in watchers)]
 
     def report(done: int, total: int, unit: str, **values: float) -> None:
-        nonlocal last
-        for watch in watching:
-            watch(done, total, unit, **values)
-        now = time.monotonic()
-        if now - last >= LOG_SECONDS and done:
-            last = now
-            left = (now - start) / done * (total - done)
-            numbers = "".join(f", {name} {value:.4g}" for name, value in values.items())
-            context.log.info(
-                f"{done:,} of {total:,} {unit}, {done / (now - start):,.0f} a second, {left:.0f} s left{numbers}"
-            )
+        for one in reports:
+            one(done, total, unit, **values)
 
     return report

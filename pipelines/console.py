@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
@@ -21,8 +21,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from assets.resources import watchers
-from sae_core.progress import Report
+from assets.resources import LOG_SECONDS, watchers
+from sae_core.progress import Report, now_and_then
 
 out = Console(highlight=False, emoji=False)
 err = Console(stderr=True, highlight=False, emoji=False)
@@ -53,15 +53,29 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def progress() -> Iterator[Callable[[str], Report]]:
-    """While inside, every stage that runs shows a bar with its rate and the time left, on standard error.
+    """While inside, stages that run show their rate and the time left on standard error: a bar, or lines in a file.
 
-    Yields what makes a bar for work that is no stage.
+    Yields what does so for work that is no stage.
     """
+    with _bars() if err.is_terminal else nullcontext(_lines) as watch:
+        watchers.append(watch)
+        try:
+            yield watch
+        finally:
+            watchers.remove(watch)
+
+
+def _lines(stage: str) -> Report:
+    return now_and_then(lambda line: err.print(f"{stage:<12} {line}", soft_wrap=True), LOG_SECONDS)
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[str], Report]]:
     columns = (
         TextColumn("{task.description:<12}"), BarColumn(24), MofNCompleteColumn(), _Rate(), TimeRemainingColumn(),
         TextColumn("{task.fields[values]}"),
     )  # fmt: skip
-    with Progress(*columns, console=err, transient=not err.is_terminal) as bars:
+    with Progress(*columns, console=err) as bars:
 
         def watch(stage: str) -> Report:
             task: TaskID | None = None
@@ -75,11 +89,7 @@ def progress() -> Iterator[Callable[[str], Report]]:
 
             return report
 
-        watchers.append(watch)
-        try:
-            yield watch
-        finally:
-            watchers.remove(watch)
+        yield watch
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:

@@ -1,5 +1,7 @@
 """How long work tells of itself: one callback, so that the library needs no terminal and no tracker."""
 
+import time
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 
@@ -13,3 +15,19 @@ class Report(Protocol):
 
 def silent(done: int, total: int, unit: str, **values: float) -> None:
     """The report that nobody reads."""
+
+
+def now_and_then(tell: Callable[[str], object], seconds: float) -> Report:
+    """A report that tells a line, for logs: how far, how fast, and how long still; at most every so many seconds."""
+    start = last = time.monotonic()
+
+    def report(done: int, total: int, unit: str, **values: float) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= seconds and done:
+            last = now
+            left = (now - start) / done * (total - done)
+            numbers = "".join(f", {name} {value:.4g}" for name, value in values.items())
+            tell(f"{done:,} of {total:,} {unit}, {done / (now - start):,.0f} a second, {left:.0f} s left{numbers}")
+
+    return report
