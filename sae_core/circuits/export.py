@@ -8,6 +8,8 @@ version 1. What a sparse feature circuit has no value for:
     token_prob           of the target after the first prompt; a circuit is of many
     feature_type         "cross layer transcoder" stands for any feature, "mlp reconstruction error" for any error
     influence            the size of the effect, as a share of the largest: no node influence through the whole graph
+
+Where two dictionaries act at one layer, the ids of the second's nodes name its hook, too: there a layer has one.
 """
 
 from typing import Any
@@ -25,9 +27,8 @@ def attribution_graph(circuit: Circuit, lm: LanguageModel, ids: list[int]) -> di
     token = int(lm.tokenizer(target, add_special_tokens=False).input_ids[0])
     probability = float(lm.last_logits(torch.tensor([ids], device=lm.device))[0, -1].softmax(0)[token])
     output = f"{lm.n_layers + 1}_{token}_{at}"
-    named = {
-        (node.place, node.feature): f"{circuit.places[node.place].layer}_{node.feature}_{at}" for node in circuit.nodes
-    }
+    stems = _stems(circuit)
+    named = {(node.place, node.feature): f"{stems[node.place]}_{node.feature}_{at}" for node in circuit.nodes}
     nodes = [
         {
             "node_id": named[node.place, node.feature],
@@ -39,7 +40,7 @@ def attribution_graph(circuit: Circuit, lm: LanguageModel, ids: list[int]) -> di
             "is_target_logit": False,
             "run_idx": 0,
             "reverse_ctx_idx": 0,
-            "jsNodeId": f"{circuit.places[node.place].layer}_{node.feature}-{at if node.feature == ERROR else 0}",
+            "jsNodeId": f"{stems[node.place]}_{node.feature}-{at if node.feature == ERROR else 0}",
             "clerp": "",
             "influence": abs(node.effect) / largest,
             "activation": None if node.feature == ERROR else node.act,
@@ -68,6 +69,15 @@ def attribution_graph(circuit: Circuit, lm: LanguageModel, ids: list[int]) -> di
     }  # fmt: skip
     shown = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
     return {"metadata": metadata, "qParams": shown, "nodes": nodes, "links": links}
+
+
+def _stems(circuit: Circuit) -> list[str]:
+    """What the ids of each place's nodes begin with: its layer, and its hook where another is at the same layer."""
+    layers = [place.layer for place in circuit.places]
+    return [
+        str(place.layer) if place.layer not in layers[:i] else f"{place.layer}-{place.hook.replace('_', '-')}"
+        for i, place in enumerate(circuit.places)
+    ]
 
 
 def _pair(layer: int, feature: int) -> int:
