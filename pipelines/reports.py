@@ -1,7 +1,7 @@
 """How searches by prompts, reports and alerts are shown."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -11,6 +11,7 @@ import click
 from pipelines.console import out, print_json, table
 from sae_core.artifacts import Made, write_atomically
 from sae_core.circuits.answer import Answer, Why
+from sae_core.circuits.edit import Edit, Level
 from sae_core.circuits.reader import ERROR, Circuit
 from sae_core.errors import MindAtlasError
 from sae_core.labels.reader import doubted
@@ -114,6 +115,36 @@ def show_circuit(found: Circuit, labels: dict[tuple[int, int], str], limit: int)
     kinds = ("circuit", "without", "random", "features", "random_features", "neurons")
     curve = [(n, *(by_size[n].get(kind, "") for kind in kinds)) for n in sorted(by_size) if n]
     out.print(table(("nodes", *(kind.replace("_", " ") for kind in kinds)), curve))
+
+
+def show_edit(taken: Sequence[tuple[int, int, str]], edit: Edit) -> None:
+    """A task without some nodes of its circuit, and other text."""
+    out.print(table(("layer", "node", "label"), [(at, "error" if n == ERROR else n, label) for at, n, label in taken]))
+
+    def row(name: str, of: Callable[[Level], float | None], form: str) -> tuple[str, ...]:
+        drawn = [of(level) or 0.0 for level in edit.random]
+        beside = ""
+        if drawn:
+            mean, low, high = (format(value, form) for value in (sum(drawn) / len(drawn), min(drawn), max(drawn)))
+            beside = f"{mean} ({low} to {high})"
+        return name, *(format(of(level) or 0.0, form) for level in (edit.before, edit.after)), beside
+
+    rows = [
+        row("prompts right", lambda level: level.right, ".0%"),
+        row("difference of logits", lambda level: level.difference, "+.3f"),
+        row("loss on other text, nats a token", lambda level: level.loss, ".4f"),
+    ]
+    out.print(table(("", "as it is", "without", f"without {edit.drawn} others, at random"), rows))
+    told = [
+        (one.text, one.target, one.against, f"{one.before:+.3f}", f"{one.after:+.3f}", "" if one.after > 0 else "wrong")
+        for one in edit.prompts
+    ]
+    out.print(table(("prompt", "right", "against", "as it is", "without", ""), told))
+    out.print(
+        f"{len(edit.prompts)} prompts that did not find the circuit, all of which the model gets right; "
+        f"{edit.tokens:,} held-out tokens; at random: features of the circuit at the same places, "
+        f"{len(edit.random)} draws", markup=False,
+    )  # fmt: skip
 
 
 def show_shift(taken: Sequence[tuple[int, Any, str]], scores: Sequence[Any]) -> None:

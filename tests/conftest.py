@@ -192,7 +192,8 @@ def reported_atlas(tiny_atlas: Path, circuit_store: Path, tmp_path_factory: pyte
 
     root = tmp_path_factory.mktemp("reported-atlas") / "atlas"
     shutil.copytree(tiny_atlas, root)
-    shutil.copytree(circuit_store / "circuit", root / "circuit")
+    for stage in ("circuit", "dictionary", "activations", "corpus"):
+        shutil.copytree(circuit_store / stage, root / stage, dirs_exist_ok=True)
     store = ArtifactStore(root)
     (slug,) = store.slugs("features")
     atlas, order = Atlas(store, slug), STUDIES.order(slug, "tiny")

@@ -1,6 +1,7 @@
 """Commands about the circuits of a study: which features of several layers a task rests on."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import click
 
 from pipelines.commands.shared import as_json, on_device, study_name, work
 from sae_core.artifacts import ArtifactStore, home, write_atomically
+from sae_core.circuits.reader import ERROR
 from sae_core.errors import MindAtlasError
 
 
@@ -20,23 +22,33 @@ from sae_core.errors import MindAtlasError
     "--format", "format_", type=click.Choice(["json", "attribution-graph"]), default="json", show_default=True,
     help="What is written: all that is known, or what circuit-tracer and Neuronpedia read.",
 )  # fmt: skip
+@click.option(
+    "--ablate", "nodes", multiple=True, metavar="LAYER:N",
+    help="Tell what becomes of the task, and of other text, without this node (LAYER:error: what is missed there); "
+    "may be given several times.",
+)  # fmt: skip
 @on_device
 @as_json
 @click.pass_obj
 def circuit(
-    debug: bool, study: str, task: str, limit: int, file: Path | None, format_: str, device: str, json_: bool
+    debug: bool, study: str, task: str, limit: int, file: Path | None, format_: str, nodes: tuple[str, ...],
+    device: str, json_: bool,
 ) -> None:  # fmt: skip
-    """The circuit of a task of STUDY, made through Dagster unless it is there."""
+    """The circuit of a task of STUDY, made through Dagster unless it is there; or the task without nodes of it."""
     from pipelines.console import print_json
     from pipelines.reports import show_circuit
     from sae_core.circuits.reader import labels_of, read_circuit, read_graph
 
-    target = file.absolute() if file else None
+    if file and nodes:
+        raise click.UsageError("--export writes the circuit, --ablate tells of a model without some of it: give one")
+    target, wanted = file.absolute() if file else None, [_node(text) for text in nodes]
     slug = make_circuit(debug, study, task, device)
     store = ArtifactStore(home())
     found = read_circuit(store, slug)
     labels = labels_of(store, found)
-    if target:
+    if wanted:
+        _ablate(store, study, found, labels, wanted, device, json_)
+    elif target:
         told = read_graph(store, slug, labels) if format_ == "attribution-graph" else found.as_json(labels)
         with write_atomically(target) as path:
             path.write_text(json.dumps(told, ensure_ascii=False, indent=1), "utf-8")
@@ -109,10 +121,45 @@ def shift(
         show_shift(taken, scores)
 
 
-def _numbers(text: str) -> tuple[int, int]:
+def _ablate(
+    store: ArtifactStore, study: str, found: Any, labels: dict[tuple[int, int], str], wanted: list[tuple[int, int]],
+    device: str, json_: bool,
+) -> None:  # fmt: skip
+    """What becomes of a task without nodes, with progress."""
+    from assets.partitions import STUDIES
+    from assets.resources import Workshop
+    from pipelines.console import print_json, progress
+    from pipelines.reports import show_edit
+    from sae_core.circuits.edit import at_layers, edited
+    from sae_core.language_model import LanguageModel
+
+    told, keys = STUDIES.get(study_name(study)), at_layers(found, wanted)
+
+    def load() -> LanguageModel:
+        return LanguageModel.load(told.model, Workshop(device=device).torch_device(), "float32")
+
+    with progress() as watch:
+        report = watch("ablate")
+        for edit in edited(store, told, found.slug, keys, load):
+            report(edit.done, edit.total, "passes")
+    names = [(found.places[place].layer, feature, labels[place, feature]) for place, feature in keys]
+    if json_:
+        taken = [{"layer": layer, "feature": feature, "label": label} for layer, feature, label in names]
+        print_json({"taken_out": taken, **asdict(edit)})
+    else:
+        show_edit(names, edit)
+
+
+def _node(text: str) -> tuple[int, int]:
+    """A feature by layer and number, or what the dictionary there misses."""
+    layer, _, feature = text.partition(":")
+    return (int(layer), ERROR) if layer.isdecimal() and feature == "error" else _numbers(text, "--ablate")
+
+
+def _numbers(text: str, option: str = "--feature") -> tuple[int, int]:
     layer, _, feature = text.partition(":")
     if not (layer.isdecimal() and feature.isdecimal()):
-        raise click.BadParameter(f"{text!r} is no LAYER:N, as 15:1234", param_hint="--feature")
+        raise click.BadParameter(f"{text!r} is no LAYER:N, as 15:1234", param_hint=option)
     return int(layer), int(feature)
 
 

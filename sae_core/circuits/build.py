@@ -92,7 +92,7 @@ def ask(network: Network, task: Task) -> Asked:
     Raises CircuitError when there are too few.
     """
     notes: list[str] = []
-    reads = [_read(network, prompt, notes) for prompt in task.prompts]
+    reads = [read_prompt(network, prompt, notes) for prompt in task.prompts]
     units = [[one] for one in reads]
     aligned = 1.0
     if task.paired:
@@ -111,7 +111,8 @@ def ask(network: Network, task: Task) -> Asked:
     return Asked(find, test, sum(done[one.prompt] for one in reads) / len(reads), aligned, notes)
 
 
-def _read(network: Network, prompt: Prompt, notes: list[str]) -> Read:
+def read_prompt(network: Network, prompt: Prompt, notes: list[str]) -> Read:
+    """A prompt as tokens; what is to be said of it is added to the notes. Raises CircuitError."""
     tokenizer = network.lm.tokenizer
     bos = expected_bos(tokenizer)
     ids, target, against = (

@@ -115,9 +115,9 @@ def curve(
     neuron_means = means(neurons, both)
     neuron_runner = Runner(neurons, test, neuron_means)
     by_effect = nodes(effects(neurons, find, neuron_means, steps))
-    ranked, rng = [_key(node) for node in found], np.random.default_rng(seed)
+    ranked, rng = [node.key for node in found], np.random.default_rng(seed)
     features = [key for key in ranked if key[1] != ERROR]
-    others = [_key(node) for node in by_effect if node.feature != ERROR]
+    others = [node.key for node in by_effect if node.feature != ERROR]
     points = [Point("circuit", 0, 0.0, 0.0, 0.0), Point("without", 0, 1.0, 1.0, 1.0)]
     sizes = sorted({*_sizes(max(len(ranked), len(others))), len(ranked), len(others), kept} - {0})
     for done, n in enumerate(sizes, 1):
@@ -159,7 +159,3 @@ def _point(kind: str, n: int, values: list[float]) -> Point:
 
 def _draw(of: Sequence[tuple[int, int]], n: int, rng: np.random.Generator) -> Keys:
     return {of[i] for i in rng.choice(len(of), min(n, len(of)), replace=False)}
-
-
-def _key(node: Node) -> tuple[int, int]:
-    return node.place, node.feature

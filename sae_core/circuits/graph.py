@@ -48,6 +48,11 @@ class Node(NamedTuple):
     prompts: float
     """Share of the prompts in which it fires."""
 
+    @property
+    def key(self) -> tuple[int, int]:
+        """Its place and feature."""
+        return self.place, self.feature
+
 
 class Edge(NamedTuple):
     """What one node does through another."""

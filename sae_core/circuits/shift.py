@@ -22,12 +22,11 @@ import torch
 from jaxtyping import Float32
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
+from sae_core.circuits.ablate import DRAWS, HeldOut, without
 from sae_core.circuits.faithfulness import coordinates
 from sae_core.circuits.graph import ERROR, Node, effects, means, nodes
 from sae_core.circuits.network import Batch, CircuitError, Network, Place, Visit
-from sae_core.corpus.reader import Corpus
 from sae_core.pretrained import expected_bos
 from sae_core.progress import Report, silent
 from sae_core.settings import Settings
@@ -36,9 +35,6 @@ from sae_core.toml_files import read_toml
 BIOGRAPHIES = Path(__file__).with_name("biographies.toml")
 EACH = 32
 """Texts of each group: of a label, and of a cue."""
-DRAWS = 3
-_HELD_OUT = 2048
-"""Tokens of held-out text on which the loss is measured."""
 _LAST = 2
 """In `names` and `words`: what takes the cue out."""
 
@@ -193,7 +189,7 @@ class Shift:
         report: Report = silent,
     ) -> None:  # fmt: skip
         """Write the texts, train the probe and find its circuit."""
-        self.made_of, self.seed, self._corpus = made_of, seed, corpus
+        self.made_of, self.seed, self._text = made_of, seed, HeldOut(network, corpus)
         self._plain = Probed(network)
         ambiguous, every = [(0, 0), (1, 1)], [(0, 0), (0, 1), (1, 0), (1, 1)]
         self.train = write_texts(made_of, "find", ambiguous, 2 * each, seed)
@@ -267,38 +263,15 @@ class Shift:
 
     def without(self, features: Sequence[Node]) -> Visit:
         """The model with features at 0, wherever they fire but on sinks."""
-        by_place: dict[int, list[int]] = {}
-        for node in features:
-            by_place.setdefault(node.place, []).append(node.feature)
-
-        def take(number: int, read: Tensor, x: Tensor) -> Tensor:
-            if not (own := by_place.get(number)):
-                return x
-            place = self.network.places[number]
-            acts = place.encode(read)[..., own] * (read.norm(dim=-1) <= place.sink_norm)[..., None]
-            return x - acts @ place.dictionary.W_dec[own]
-
-        return take
+        return without(self.network, [node.key for node in features])
 
     def loss(self, features: Sequence[Node]) -> float:
         """By how much the loss on held-out text rises without some features, nats a token."""
-        return self._loss(self.without(features)) - self._clean_loss
+        return self._text.loss(self.without(features)) - self._clean_loss
 
     @cached_property
     def _clean_loss(self) -> float:
-        return self._loss(None)
-
-    @torch.no_grad()
-    def _loss(self, visit: Visit | None) -> float:
-        blocks = Corpus.open(self._corpus).held_out
-        n = max(1, _HELD_OUT // blocks.token_ids.shape[1])
-        ids, documents = (torch.as_tensor(column[:n]).long() for column in (blocks.token_ids, blocks.documents))
-        counted, total = (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0), 0.0
-        with self.network.visited(visit):
-            for row, mask in zip(ids.to(self.network.lm.device), counted, strict=True):
-                logits = self.network.lm.logits(row[None])[0, :-1].float()
-                total += float(cross_entropy(logits[mask], row[1:][mask], reduction="sum"))
-        return total / int(counted.sum())
+        return self._text.loss()
 
     def _at_random(self, count: int) -> Score:
         rng, drawn = np.random.default_rng(self.seed), []

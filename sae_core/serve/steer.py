@@ -3,7 +3,7 @@
 As the model is, steered, and asked in words for what the features stand for; all drawn with the same seed.
 """
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, get_args
 
 import pyarrow.parquet as pq
@@ -12,14 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import HTMLResponse, Response
 
 from sae_core.atlas import Atlas
-from sae_core.errors import MindAtlasError
 from sae_core.labels.reader import doubted
 from sae_core.serve.live import MAX_CHARACTERS, Live, LiveError
 from sae_core.serve.render import page
 from sae_core.serve.shapes import SteeredFeature, SteeredToken
 from sae_core.serve.shelf import ChosenAtlas, Shelf
-from sae_core.serve.streams import EventStream, SteerField, event, in_time, next_item
-from sae_core.serve.turns import Stream
+from sae_core.serve.streams import SteerField, event_stream, in_time
 from sae_core.serve.views import names
 from sae_core.steers import ABSURD, Method, Scope, Steer, cautions
 
@@ -128,28 +126,7 @@ async def steer(request: Request, asked: SteerQuestion) -> Response:
     """
     shelf: Shelf = request.app.state.shelf
     live: Live = request.app.state.live
-    events = live.start(_answers(live, shelf.atlas(asked.dictionary), asked))
-    try:
-        first = await next_item(request, events)
-    except LiveError:
-        events.close()
-        raise
-    except MindAtlasError as error:  # of the prompt or the strengths: what was sent is wrong
-        events.close()
-        raise LiveError(str(error), 400) from None
-    except BaseException:
-        events.close()
-        raise
-    return EventStream(_told(first or {}, events), events)
-
-
-async def _told(first: dict[str, Any], events: "Stream[dict[str, Any]]") -> AsyncIterator[str]:
-    try:
-        yield event(first)
-        async for item in events:
-            yield event(item)
-    except MindAtlasError as error:
-        yield event({"error": str(error)})
+    return await event_stream(request, live.start(_answers(live, shelf.atlas(asked.dictionary), asked)))
 
 
 def suggested(atlas: Atlas) -> dict[str, tuple[Steer, ...]]:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from sae_core.errors import MindAtlasError
 from sae_core.serve.live import LiveError
 from sae_core.serve.turns import Stream
 from sae_core.steers import Method, Steer
@@ -59,10 +60,51 @@ async def in_time(request: Request, items: Stream[T], seconds: float) -> AsyncIt
             async with asyncio.timeout_at(end):
                 item = await next_item(request, items)
         except TimeoutError:
-            raise LiveError(f"no answer within {seconds:g} s: try again, or give less text", 504) from None
+            raise _too_slow(seconds) from None
         if item is None:
             return
         yield item
+
+
+def _too_slow(seconds: float) -> LiveError:
+    return LiveError(f"no answer within {seconds:g} s: try again, or ask for less", 504)
+
+
+async def event_stream(
+    request: Request, items: Stream[dict[str, Any]], seconds: float | None = None
+) -> "EventStream":  # fmt: skip
+    """An answer whose events are the items, each waited for so long at most; an event `error` ends what cannot go on.
+
+    Raises LiveError when there is no first one in time, the client went away meanwhile, or, as a bad request, what was
+    sent is wrong.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            first = await next_item(request, items)
+    except BaseException as error:
+        items.close()
+        if isinstance(error, TimeoutError):
+            raise _too_slow(seconds or 0) from None
+        if isinstance(error, MindAtlasError) and not isinstance(error, LiveError):
+            raise LiveError(str(error), 400) from None
+        raise
+    return EventStream(_events(first or {}, items, seconds), items)
+
+
+async def _events(
+    first: dict[str, Any], items: Stream[dict[str, Any]], seconds: float | None
+) -> AsyncIterator[str]:  # fmt: skip
+    item: dict[str, Any] | None = first
+    try:
+        while item is not None:
+            yield event(item)
+            try:
+                async with asyncio.timeout(seconds):
+                    item = await anext(items, None)
+            except TimeoutError:
+                raise _too_slow(seconds or 0) from None
+    except MindAtlasError as error:
+        yield event({"error": str(error)})
 
 
 class EventStream(StreamingResponse):

@@ -123,7 +123,7 @@ def test_prompts_are_split_in_two_and_pairs_stay_together(lm_network: Any):
 
 
 def _likes(network: Any, text: str) -> bool:
-    from sae_core.circuits.build import _is_right, _read
+    from sae_core.circuits.build import _is_right, read_prompt
     from sae_core.circuits.tasks import Prompt
 
-    return _is_right(network, _read(network, Prompt(text, " the", " a"), []))
+    return _is_right(network, read_prompt(network, Prompt(text, " the", " a"), []))

@@ -67,6 +67,36 @@ def test_pinned_nodes_become_one_and_open_again(page: Page):
     expect(page.locator(".node")).to_have_count(before)
 
 
+def test_pinned_nodes_are_taken_out_of_the_model_and_a_link_shows_it_again(page: Page):
+    opened(page)
+    button = page.get_by_role("button", name="Ablate the pinned")
+    expect(button).to_be_disabled()
+    node = page.locator(".node:has(circle)").first
+    name = node.get_attribute("data-id")
+    node.focus()
+    page.keyboard.press("Enter")
+    button.press("Enter")
+    expect(page.locator("#edit-status")).to_have_text("Done.", timeout=60_000)
+    rows = page.locator("#edit-levels tbody tr").all_inner_texts()
+    right, difference, loss = (row.split("\t") for row in rows)
+    assert right[1] == "100 %"
+    assert difference[1] != difference[2]
+    assert re.fullmatch(r"\d+\.\d{4} \(\d+\.\d{4} to \d+\.\d{4}\)", loss[3])
+    page.get_by_text("Prompt by prompt").click()
+    wrong = page.locator("#edit-prompts tbody tr:has-text('wrong now')").count()
+    prompts = page.locator("#edit-prompts tbody tr").count()
+    assert right[2] == f"{round(100 * (1 - wrong / prompts))} %"
+    assert asked(page)["ablate"] == [name]
+    expect(page.locator("#edit-command")).to_contain_text("--ablate")
+    link = page.get_by_role("link", name="Link to this").get_attribute("href") or ""
+    opened(page, link)
+    expect(page.locator("#edit-status")).to_have_text("Done.", timeout=60_000)
+    assert page.locator("#edit-levels tbody tr").all_inner_texts() == rows
+    page.get_by_role("button", name="Unpin all").click()
+    expect(page.locator("#edit")).to_be_hidden()
+    assert "ablate" not in asked(page)
+
+
 def test_the_graph_zooms_by_button_and_key_and_shows_fewer_nodes(page: Page):
     opened(page)
     whole = _width(page)
@@ -102,6 +132,8 @@ def test_the_page_is_accessible_and_fits_a_phone(chromium: Browser, server: str,
     page = context.new_page()
     opened(page)
     page.locator(".node").first.press("Enter")
+    page.get_by_role("button", name="Ablate the pinned").click()
+    expect(page.locator("#edit-status")).to_have_text("Done.", timeout=60_000)
     found = Axe().run(page)
     assert found.violations_count == 0, found.generate_report()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390

@@ -1,11 +1,13 @@
-// A circuit as a graph: layers upward, nodes by effect, edges by weight; zoom, pin, group, and all of it in the address.
+// A circuit as a graph: layers upward, nodes by effect, edges by weight; zoom, pin, group, take out of the model; and all
+// of it in the address.
+import { read } from "./events.js";
 
 const $ = (id) => document.getElementById(id);
 const root = $("circuit"), graph = $("circuit-graph"), card = $("circuit-card"), slider = $("circuit-nodes");
 const WIDTH = 900, ROW = 130, LABELED = 30, MARGIN = 70;
 const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(3)}`;
 
-let circuit, pinned = [], groups = [], focused = "", view = { x: 0, y: 0, zoom: 1 }, height = 0;
+let circuit, pinned = [], groups = [], ablated = [], running = null, focused = "", view = { x: 0, y: 0, zoom: 1 }, height = 0;
 
 start().catch((error) => {
   root.hidden = false;
@@ -29,6 +31,8 @@ async function start() {
   listen();
   draw();
   root.dataset.ready = "";
+  const out = keys(state.get("ablate"));
+  if (out.length) await ablate(out);
 }
 
 function listen() {
@@ -36,8 +40,9 @@ function listen() {
   $("circuit-in").addEventListener("click", () => zoom(1.25));
   $("circuit-out").addEventListener("click", () => zoom(0.8));
   $("circuit-home").addEventListener("click", () => { view = { x: 0, y: 0, zoom: 1 }; place(); });
-  $("circuit-clear").addEventListener("click", () => { pinned = []; groups = []; focused = ""; draw(); });
+  $("circuit-clear").addEventListener("click", clear);
   $("circuit-group").addEventListener("click", group);
+  $("circuit-ablate").addEventListener("click", () => ablate(pinned));
   graph.addEventListener("wheel", (event) => { event.preventDefault(); zoom(event.deltaY < 0 ? 1.1 : 1 / 1.1); }, { passive: false });
   graph.addEventListener("keydown", (event) => {
     if (event.key === "+" || event.key === "=") zoom(1.25);
@@ -86,7 +91,8 @@ function draw() {
   graph.replaceChildren(...rows, ...lines, outputMark(at.get("out")), ...marks);
   $("circuit-count").textContent = `${nodes.length} of ${circuit.nodes.length}, ${edges.length} edges`;
   $("circuit-group").disabled = pinned.length < 2;
-  $("circuit-clear").disabled = !pinned.length && !groups.length;
+  $("circuit-ablate").disabled = !pinned.length;
+  $("circuit-clear").disabled = !pinned.length && !groups.length && !ablated.length;
   place();
   emphasize();
   save();
@@ -196,6 +202,14 @@ function group() {
   draw();
 }
 
+function clear() {
+  running?.abort();
+  running = null;
+  pinned = []; groups = []; ablated = []; focused = "";
+  $("edit").hidden = true;
+  draw();
+}
+
 /** What hangs on the pinned nodes and the one under the pointer; all else steps back. */
 function emphasize() {
   const chosen = new Set([...pinned, focused].filter(Boolean)), near = new Set(chosen);
@@ -237,10 +251,77 @@ function list(name, rows) {
 
 /** How the pinned features are taken out of a probe that they should not matter to. */
 function command() {
-  const features = pinned.filter((id) => !id.endsWith("_-1")).map((id) => id.split("_").map(Number));
+  const features = pinned.filter((id) => !id.endsWith("_-1")).map((id) => `--feature ${named(id)}`);
   if (!features.length) return document.createTextNode("");
-  const made = element("p"), code = element("code", `mind-atlas shift ${features.map(([at, i]) => `--feature ${circuit.places[at].layer}:${i}`).join(" ")}`);
-  made.append("without the pinned: ", code);
+  const made = element("p"), code = element("code", `mind-atlas shift ${features.join(" ")}`);
+  made.append("a probe without the pinned: ", code);
+  return made;
+}
+
+/** A node as the command line calls it. */
+function named(id) {
+  const [at, feature] = id.split("_");
+  return `${circuit.places[at].layer}:${feature === "-1" ? "error" : feature}`;
+}
+
+// ---- the model without nodes
+
+async function ablate(ids) {
+  running?.abort();
+  const mine = running = new AbortController(), dot = circuit.slug.lastIndexOf(".");
+  ablated = ids;
+  save();
+  $("circuit-clear").disabled = false;
+  $("edit").hidden = false;
+  $("edit-nodes").textContent = ids.map(named).join(", ");
+  $("edit-command").textContent = `mind-atlas circuit ${circuit.slug.slice(0, dot)} --task ${circuit.task} ${ids.map((id) => `--ablate ${named(id)}`).join(" ")}`;
+  for (const id of ["edit-levels", "edit-prompts"]) $(id).tBodies[0].replaceChildren();
+  $("edit-about").textContent = "";
+  $("edit-status").textContent = "Reading …";
+  $("edit").scrollIntoView({ block: "nearest" });
+  try {
+    const nodes = ids.map((id) => { const [place, feature] = id.split("_").map(Number); return { place, feature }; });
+    const answer = await fetch(`/api/circuits/${encodeURIComponent(circuit.slug)}/ablate`, {
+      method: "POST", body: JSON.stringify({ nodes }), headers: { "Content-Type": "application/json" }, signal: mine.signal });
+    if (!answer.ok) throw new Error((await answer.json().catch(() => ({}))).detail || `the server answered ${answer.status}`);
+    await read(answer.body, (known) => { if (mine === running) showEdit(known); });
+  } catch (error) {
+    if (mine === running) $("edit-status").textContent = error.message;
+  }
+}
+
+function showEdit(known) {
+  if (known.error) throw new Error(known.error);
+  const { before, after, random } = known;
+  const row = (name, of, told) => {
+    const drawn = random.map(of).filter((value) => value !== null), mean = drawn.reduce((sum, value) => sum + value, 0) / drawn.length;
+    const spread = drawn.length ? `${told(mean)} (${told(Math.min(...drawn))} to ${told(Math.max(...drawn))})` : "–";
+    return cells(name, ...[of(before), of(after)].map((value) => (value === null ? "…" : told(value))), spread);
+  };
+  $("edit-levels").tBodies[0].replaceChildren(
+    row("prompts right", (level) => level.right, (share) => `${Math.round(100 * share)} %`),
+    row("difference of logits", (level) => level.difference, signed),
+    row("loss on other text, nats a token", (level) => level.loss, (loss) => loss.toFixed(4)),
+  );
+  $("edit-prompts").tBodies[0].replaceChildren(...known.prompts.map((one) => {
+    const made = cells(one.text, signed(one.before), signed(one.after)), verdict = element("td", one.after > 0 ? "" : "wrong now");
+    made.firstChild.dir = "auto";
+    made.firstChild.after(element("td", one.target), element("td", one.against));
+    made.append(verdict);
+    return made;
+  }));
+  const count = (n, what) => (n ? `${n} ${what}${n > 1 ? "s" : ""}` : "");
+  const taken = [count(known.features, "feature"), count(known.errors, "error")].filter(Boolean).join(" and ");
+  const beside = random.length ? `; at random, ${count(known.drawn, "other feature")} of the circuit at the same places${known.errors ? " and the same errors" : ""}: the mean of ${random.length} draws, the least and the most` : "";
+  $("edit-about").textContent = `At 0 wherever the model reads, but on attention sinks: ${taken}${beside}. The ${known.prompts.length} prompts did not find the circuit, and the model gets all of them right; the loss is over ${known.tokens} held-out tokens of the corpus.`;
+  $("edit-status").textContent = known.done < known.total ? `${known.done} of ${known.total} passes of the model …` : "Done.";
+}
+
+/** A row of a table: its name, then numbers. */
+function cells(name, ...numbers) {
+  const made = element("tr"), head = element("th", name);
+  head.scope = "row";
+  made.append(head, ...numbers.map((text) => { const cell = element("td", text); cell.className = "right"; return cell; }));
   return made;
 }
 
@@ -260,6 +341,7 @@ function save() {
   const state = new URLSearchParams({ nodes: slider.value });
   if (pinned.length) state.set("pin", pinned.join(","));
   for (const members of groups) state.append("group", members.join(","));
+  if (ablated.length) state.set("ablate", ablated.join(","));
   history.replaceState(null, "", `?${state}`);
   $("circuit-link").href = `?${state}`;
 }

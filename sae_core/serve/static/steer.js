@@ -1,5 +1,6 @@
 // The steering page: features and their strengths, three answers as they are written, and everything in the address.
 import { doubted } from "./doubt.js";
+import { read } from "./events.js";
 
 const $ = (id) => document.getElementById(id);
 const form = $("steer"), list = $("features"), fields = form.elements, address = form.dataset;
@@ -222,19 +223,6 @@ async function answer() {
     running = null;
     $("run").disabled = false;
     $("stop").disabled = true;
-  }
-}
-
-/** Server-sent events of JSON: one a line that begins with "data: ". */
-async function read(body, each) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    const lines = (rest + value).split("\n");
-    rest = lines.pop();
-    for (const line of lines) if (line.startsWith("data: ")) each(JSON.parse(line.slice(6)));
   }
 }
 
