@@ -3,14 +3,17 @@
 import { read } from "./events.js";
 
 const $ = (id) => document.getElementById(id);
-const root = $("circuit"), graph = $("circuit-graph"), card = $("circuit-card"), slider = $("circuit-nodes");
-const WIDTH = 900, ROW = 130, LABELED = 30, MARGIN = 70;
+const root = $("circuit");
+root.hidden = false; // its width is needed
+const graph = $("circuit-graph"), card = $("circuit-card"), slider = $("circuit-nodes");
+const WIDTH = 900, MARGIN = 70;
+const NARROW = graph.clientWidth < 500; // a phone: fewer names, but legible
+const [ROW, LABELED, LARGER, SIDE_BY_SIDE] = NARROW ? [260, 4, 1.8, 3] : [130, 30, 1, 8];
 const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(3)}`;
 
 let circuit, pinned = [], groups = [], ablated = [], running = null, focused = "", view = { x: 0, y: 0, zoom: 1 }, height = 0;
 
 start().catch((error) => {
-  root.hidden = false;
   card.replaceChildren(element("p", `The graph cannot be drawn: ${error.message}. Its nodes and edges are listed below.`));
 });
 
@@ -27,7 +30,6 @@ async function start() {
   }
   const shown = Number(state.get("nodes"));
   if (shown >= 1) slider.value = shown;
-  root.hidden = false;
   listen();
   draw();
   root.dataset.ready = "";
@@ -82,7 +84,9 @@ function shownNodes() {
 function draw() {
   const had = document.activeElement?.dataset?.id;
   const nodes = shownNodes(), home = new Map(nodes.flatMap((node) => node.of.map((one) => [key(one), node.id])));
-  height = (circuit.places.length + 1) * ROW;
+  height = (circuit.places.length + 0.6) * ROW;
+  graph.style.aspectRatio = `${WIDTH} / ${height}`;
+  graph.classList.toggle("narrow", NARROW);
   const at = layout(nodes), edges = joinedEdges(home);
   const most = Math.max(...nodes.map((node) => Math.abs(node.effect)), 1e-9), heaviest = Math.max(...edges.map((e) => Math.abs(e.weight)), 1e-9);
   const rows = circuit.places.map((p, i) => rowLine(height - (i + 0.5) * ROW, `${p.hook === "resid_post" ? "layer" : p.hook} ${p.layer}`));
@@ -101,7 +105,7 @@ function draw() {
 
 /** Every row's nodes side by side, those of the largest effect in the middle; errors at the left end. */
 function layout(nodes) {
-  const at = new Map([["out", [WIDTH / 2, 0.4 * ROW]]]);
+  const at = new Map([["out", [WIDTH / 2, 0.3 * ROW]]]);
   circuit.places.forEach((_, row) => {
     const own = nodes.filter((node) => node.place === row), errors = own.filter((n) => n.feature < 0 && n.of.length === 1);
     const ordered = [];
@@ -109,7 +113,7 @@ function layout(nodes) {
       .forEach((node, i) => (i % 2 ? ordered.push(node) : ordered.unshift(node)));
     const step = (WIDTH - 2 * MARGIN) / Math.max(ordered.length + errors.length, 1);
     [...errors, ...ordered].forEach((node, i) => {
-      const wave = ordered.length > 8 ? ((i % 3) - 1) * 26 : 0;
+      const wave = ordered.length > SIDE_BY_SIDE ? ((i % 3) - 1) * 26 * LARGER : 0;
       at.set(node.id, [MARGIN + (i + 0.5) * step, height - (row + 0.5) * ROW + wave]);
     });
   });
@@ -131,7 +135,7 @@ function joinedEdges(home) {
 }
 
 function rowLine(y, name) {
-  const made = svg("g", {}), text = svg("text", { x: 6, y: y - 44, class: "layer-name" });
+  const made = svg("g", {}), text = svg("text", { x: 6, y: y - ROW / 2 + 20 * LARGER, class: "layer-name" });
   text.textContent = name;
   made.append(svg("line", { x1: 0, x2: WIDTH, y1: y - ROW / 2, y2: y - ROW / 2, class: "layer" }), text);
   return made;
@@ -149,14 +153,14 @@ function edgeLine(edge, at, heaviest) {
 }
 
 function nodeMark(node, [x, y], most, named) {
-  const size = 5 + 13 * Math.sqrt(Math.abs(node.effect) / most), isError = node.feature < 0 && node.of.length === 1;
+  const size = LARGER * (5 + 13 * Math.sqrt(Math.abs(node.effect) / most)), isError = node.feature < 0 && node.of.length === 1;
   const made = svg("g", { class: `node${node.effect < 0 ? " against" : ""}${pinned.includes(node.id) ? " pinned" : ""}`, transform: `translate(${x},${y})`,
     tabindex: 0, role: "button", "aria-pressed": pinned.includes(node.id), "aria-label": `${called(node)}: ${node.label}, effect ${signed(node.effect)}` });
   made.dataset.id = node.id;
   made.append(isError ? svg("rect", { x: -size, y: -size, width: 2 * size, height: 2 * size, class: "mark" }) : svg("circle", { r: size, class: "mark" }));
   if (node.of.length > 1) made.append(svg("circle", { r: size + 4, class: "layer", fill: "none" }));
   if (named) {
-    const text = svg("text", { y: size + 11, "text-anchor": "middle" });
+    const text = svg("text", { y: size + 12 * LARGER, "text-anchor": "middle" });
     text.textContent = isError ? "error" : brief(node);
     made.append(text);
   }
@@ -169,7 +173,7 @@ function nodeMark(node, [x, y], most, named) {
 }
 
 function outputMark([x, y]) {
-  const made = svg("g", { transform: `translate(${x},${y})` }), text = svg("text", { "text-anchor": "middle", class: "layer-name" });
+  const made = svg("g", { transform: `translate(${x},${y})` }), text = svg("text", { y: -8, "text-anchor": "middle", class: "layer-name" });
   text.textContent = `logit of the right token less the other's: ${signed(circuit.ends.full)}`;
   made.append(text);
   return made;
