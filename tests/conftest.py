@@ -70,6 +70,40 @@ l0_tolerance = 0.5
 """
 (HOME / "studies").mkdir()
 (HOME / "studies" / "tiny.toml").write_text(TINY_STUDY, "utf-8")
+YEAR = """
+description = "A small real model, made again month by month."
+[model]
+source = "smollm2-135m-instruct"
+[corpus]
+sources = ["../year"]
+tokens = 200_000
+held_out = 0.15
+[activations]
+layer = 15
+[dictionary]
+d_sae = 256
+k = 16
+tokens = 200_000
+batch_tokens = 1024
+evaluation_tokens = 1024
+[feature_map]
+min_cluster_size = 3
+[steering]
+scored = 16
+suggested = 0
+[labels]
+model = "smollm2-135m-instruct"
+features = 8
+examples = 4
+scorers = ["embedding"]
+[checks]
+fvu_max = 1.0
+dead_max = 1.0
+labeled_min = 0
+label_failures_max = 1
+beats_control_min = 0
+"""
+(HOME / "studies" / "year.toml").write_text(YEAR, "utf-8")
 PAIR = TINY_STUDY.replace("k = 4", "k = [3, 5]")
 """Two dictionaries at the tiny study's site."""
 (HOME / "studies" / "pair.toml").write_text(PAIR, "utf-8")

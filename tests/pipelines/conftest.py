@@ -27,14 +27,14 @@ from sae_core.stages import VERSIONS
 class Workplace:
     """A store of its own, and a corpus that may change."""
 
-    def __init__(self, root: Path, text: Path, instance: dg.DagsterInstance) -> None:
-        self.text, self.instance = text, instance
+    def __init__(self, root: Path, text: Path, instance: dg.DagsterInstance, study: str = "tiny") -> None:
+        self.text, self.instance, self.study = text, instance, STUDIES.get(study)
         self.workshop = Workshop(root=str(root), device="cpu")
         self.store = ArtifactStore(root)
 
     def refresh(self) -> dict[str, str]:
-        """Bring the tiny study up to date: what each stage was."""
-        steps = bring_up_to_date(STUDIES.get("tiny"), self.workshop, self.instance, log_level="CRITICAL")
+        """Bring the study up to date: what each stage was."""
+        steps = bring_up_to_date(self.study, self.workshop, self.instance, log_level="CRITICAL")
         return {recipe.stage: status.state for recipe, status in steps}
 
     def write(self, name: str, text: str) -> None:

@@ -1,12 +1,16 @@
-"""A year of retraining: new text every month, some removed, one bad corpus, one new version of code, a crash in each
-stage; and a reader who looks on all the time."""
+"""A year of retraining a small real model's atlas: new articles every month, some removed, one bad corpus, one new
+version of code, a crash in each stage; and a reader who looks on all the time."""
 
+import json
+import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import pyarrow.parquet as pq
 import pytest
 from fastapi.testclient import TestClient
@@ -15,21 +19,39 @@ import assets.resources
 from assets.partitions import STUDIES
 from sae_core.artifacts import ATLAS, ArtifactStore
 from sae_core.atlas import Atlas
+from sae_core.corpus.documents import Skipped, read_documents
 from sae_core.errors import MindAtlasError
-from sae_core.generations import Snapshot, generations
-from sae_core.lineage import LINEAGE
+from sae_core.generations import Generation, Snapshot, generations
+from sae_core.labels.reader import ATTEMPTS, Labels
+from sae_core.lineage import LINEAGE, kept_since
 from sae_core.serve import create_app
 from sae_core.stages import VERSIONS
+from sae_core.study import Source
 from sae_core.training import build_dictionary
+from tests.pipelines.conftest import Workplace
 
-STUDY = STUDIES.get("tiny")
+STUDY = STUDIES.get("year")
 SLUG = STUDY.spec(STUDY.dictionaries[0]).slug
 STAGES = list(VERSIONS)
-D_SAE = 64
-NEWS = (
-    "The comet came back in month {0}, and everyone looked up.", "class Month{0}:\n    number = {0}",
-    "Le mois {0} fut froid, et la neige couvrait le jardin.", "El mes {0} trajo lluvia al río de la ciudad.",
-)  # fmt: skip
+D_SAE = STUDY.dictionaries[0].d_sae
+AT_FIRST, A_MONTH = 60, 6
+CARRIED = ("dictionary", "labels")
+
+
+@pytest.fixture
+def articles() -> Iterator[str]:
+    """Beginnings of encyclopedia articles, none twice."""
+    return (d.text[:2000] for d in read_documents(Source(source="wiki-en"), 2000, Skipped()) if len(d.text) > 1000)
+
+
+@pytest.fixture
+def place(articles: Iterator[str], tmp_path: Path) -> Iterator[Workplace]:
+    text = Path(os.environ["MIND_ATLAS_HOME"]) / "year"  # as the study names it
+    text.mkdir()
+    for i, article in enumerate(islice(articles, AT_FIRST)):
+        (text / f"first-{i:02}.txt").write_text(article, "utf-8")
+    with dg.DagsterInstance.ephemeral() as instance:
+        yield Workplace(tmp_path / "store", text, instance, "year")
 
 
 class Crash(MindAtlasError):
@@ -106,6 +128,29 @@ def kept_share(rows: list[dict[str, Any]]) -> float:
     return sum(row["fate"] == "kept" for row in rows if row["generation"] == newest) / D_SAE
 
 
+def part(store: ArtifactStore, generation: Generation, stage: str) -> Path:
+    """Folder of a generation's artifact of the dictionary."""
+    return store.root / stage / SLUG / generation.manifests[f"{stage}/{SLUG}"].folder
+
+
+def labels_carried(before: dict[str, Path], now: dict[str, Path]) -> int:
+    """How many labels of kept features went over as they were; none of the others may be gone.
+
+    One that held and does so no longer by new examples is asked for again, which the record of attempts tells.
+    """
+    then, today = Labels.open(before["labels"]), Labels.open(now["labels"])
+    attempts = [json.loads(line) for line in (now["labels"] / ATTEMPTS).read_text("utf-8").splitlines()]
+    asked = {row["feature"] for row in attempts if "turn" in row}
+    n = 0
+    for new, old in kept_since(before["dictionary"], now["dictionary"]).items():
+        was, label = then.label(old), today.label(new)
+        if was.status == "written" and label.status != "dead":
+            assert label.status == "written", (new, was, label)
+            assert label.label == was.label or new in asked, (new, was, label)
+            n += label.label == was.label
+    return n
+
+
 def lineage_of(folder: Path) -> list[dict[str, Any]]:
     return pq.read_table(folder / LINEAGE).to_pylist()
 
@@ -124,7 +169,7 @@ def trace(rows: list[dict[str, Any]], number: int, generation: int) -> int:
     return 1
 
 
-def retrained(place: Any, folder: Path, previous: Path, corpus: Path, activations: Path, seed: int = 0) -> float:
+def retrained(folder: Path, previous: Path, corpus: Path, activations: Path, seed: int = 0) -> float:
     """A control: the share kept of a dictionary by one that is trained from the beginning."""
     folder.mkdir()
     settings = STUDY.dictionaries[0].model_copy(update={"seed": STUDY.dictionaries[0].seed + seed})
@@ -135,19 +180,20 @@ def retrained(place: Any, folder: Path, previous: Path, corpus: Path, activation
 
 
 @pytest.mark.year
+@pytest.mark.timeout(3600)
 def test_a_year_of_retraining(
-    place: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest,
-    record_property: Callable[[str, object], None],
+    place: Workplace, articles: Iterator[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    request: pytest.FixtureRequest, record_property: Callable[[str, object], None],
 ) -> None:  # fmt: skip
     if "year" not in request.config.option.markexpr:
         pytest.skip("a year of retraining takes minutes: run it with -m year")
     assert place.refresh()[ATLAS] == "missing"
-    promoted, warm, lines = 1, [], []
+    promoted, warm, lines, carried = 1, [], [], 0
     start = time.monotonic()
     with Reader(place.store) as reader:
         for month in range(1, 13):
-            for i, text in enumerate(NEWS):
-                place.write(f"month-{month:02}-{i}.txt", f"Number {month}{i}. {text.format(month)}\n" * 3)
+            for i, article in enumerate(islice(articles, A_MONTH)):
+                place.write(f"month-{month:02}-{i}.txt", article)
             if month % 3 == 0:
                 for path in sorted(place.text.iterdir())[:3]:
                     path.unlink()
@@ -170,13 +216,16 @@ def test_a_year_of_retraining(
             assert (now.number, now.follows) == (before.number + 1, before.number)
             assert len(generations(place.store, SLUG)) <= STUDY.retraining.generations + 1
             promoted += 1
+            carried += labels_carried(*({s: part(place.store, g, s) for s in CARRIED} for g in (before, now)))
             rows = lineage_of(place.store.get("dictionary", SLUG).folder)
             lines.append(rows)
             warm.append(kept_share(rows))
+            print(f"month {month}: {time.monotonic() - start:.0f} s, {warm[-1]:.0%} kept, {carried} labels so far")
     assert set(place.refresh().values()) == {"made"}
     assert promoted == 13
 
     assert not reader.wrong
+    assert carried > 0
     assert reader.numbers == sorted(reader.numbers)
     assert len(set(reader.numbers)) > 6  # it looked on all the time
 
@@ -189,26 +238,20 @@ def test_a_year_of_retraining(
         assert sorted(there) == sorted(left) == list(range(D_SAE))
         assert all(1 <= trace(final, number, generation) <= generation for number in range(D_SAE))
 
-    last = generations(place.store, SLUG)[-1]
-    old = (
-        place.store.root
-        / "dictionary"
-        / SLUG
-        / generations(place.store, SLUG)[-2].manifests[f"dictionary/{SLUG}"].folder
-    )
-    new = place.store.root / "dictionary" / SLUG / last.manifests[f"dictionary/{SLUG}"].folder
+    old, new = (part(place.store, generation, "dictionary") for generation in generations(place.store, SLUG)[-2:])
     made = [
-        place.store.get(stage, slug).folder for stage, slug in (("corpus", "tiny"), ("activations", STUDY.site.slug))
+        place.store.get(stage, slug).folder for stage, slug in (("corpus", "year"), ("activations", STUDY.site.slug))
     ]
     shares = {
         "warm_start": sum(warm) / len(warm),
-        "no_warm_start": retrained(place, tmp_path / "cold", old, *made),
-        "same_data_another_seed": retrained(place, tmp_path / "seed", new, *made, seed=1),
+        "no_warm_start": retrained(tmp_path / "cold", old, *made),
+        "same_data_another_seed": retrained(tmp_path / "seed", new, *made, seed=1),
     }
     shares["warm_start_last"] = warm[-1]
     for name, share in shares.items():
         record_property(name, round(share, 3))
         print(f"kept, {name}: {share:.2f}")
+    print(f"labels carried over as they were: {carried}")
     print(f"twelve months in {time.monotonic() - start:.0f} s, looked at {len(reader.numbers)} times")
     assert shares["warm_start_last"] >= shares["no_warm_start"]
     assert shares["warm_start"] >= shares["same_data_another_seed"]
