@@ -9,7 +9,6 @@ import click
 
 from pipelines.commands.shared import as_json, on_device, study_name, work
 from sae_core.artifacts import ArtifactStore, home, write_atomically
-from sae_core.circuits.reader import ERROR
 from sae_core.errors import MindAtlasError
 
 
@@ -152,6 +151,8 @@ def _ablate(
 
 def _node(text: str) -> tuple[int, int]:
     """A feature by layer and number, or what the dictionary there misses."""
+    from sae_core.circuits.reader import ERROR  # brings the atlas
+
     layer, _, feature = text.partition(":")
     return (int(layer), ERROR) if layer.isdecimal() and feature == "error" else _numbers(text, "--ablate")
 
