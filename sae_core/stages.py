@@ -28,7 +28,7 @@ VERSIONS = {
     "labels": 6, "atlas": 1,
 }  # fmt: skip
 
-ON_DEMAND = {"steering_report": 3, "safety": 2, "multilingual": 2, "behaviors": 1, "scaling": 1, "science": 1}
+ON_DEMAND = {"steering_report": 3, "safety": 2, "multilingual": 2, "behaviors": 1, "scaling": 1, "science": 2}
 """Versions of the stages that are no part of an atlas, and made when somebody asks for them."""
 
 SITE_REPORTS = ("scaling", "science")
