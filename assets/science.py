@@ -57,6 +57,7 @@ def science(context: dg.AssetExecutionContext, config: ScienceRun, workshop: Wor
             Given(
                 order.study.model, order.study.activations,
                 *(draft.parents[stage].folder for stage in ("scaling", "activations", "corpus")),
+                order.study.labels,
             ),
             draft.folder, workshop.torch_device(), report,
         ),

@@ -520,6 +520,9 @@ class ScienceSettings(Settings):
     control_tokens: int = Field(131_072, ge=0)
     """Text, in whole shards, that is read by the model with shuffled weights, whose dictionary is compared; 0 for
     none."""
+    judged: int = Field(0, ge=0)
+    """Features of the largest dictionary that the study's label writer names, and whose names it rates from 0 to 3; it
+    is asked several times for each."""
     seed: int = 0
     """Of the random directions, and of what is drawn."""
 

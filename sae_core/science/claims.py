@@ -13,6 +13,7 @@ from sae_core.science.kinship import share_interval
 from sae_core.science.neurons import UNALIKE
 from sae_core.science.reading import difference
 from sae_core.science.scaling import Scaling
+from sae_core.science.specificity import Rated
 
 LEAST_CONCEPTS = 30
 """With fewer no curve can be told from another."""
@@ -55,6 +56,8 @@ def claims(found: Findings) -> Iterator[Claim]:
             "holds" if ours.correlation >= 0.5 and rising else "does not",
         )  # fmt: skip
     yield from map(_formal_claim, found.formal)
+    if found.rated:
+        yield _rated_claim(found.rated)
 
 
 def _scaling_claims(scaling: Scaling) -> Iterator[Claim]:
@@ -267,6 +270,22 @@ def _formal_claim(found: Found) -> Claim:
         f"(of all tokens {ours.share:.2%})",
         f"best random direction r {control.correlation:.2f}", "-",
         "holds" if ours.correlation >= 0.5 and ours.by_level[-1] > control.by_level[-1] else "does not",
+    )  # fmt: skip
+
+
+def _rated_claim(found: Rated) -> Claim:
+    asked = ~np.isnan(found.levels)
+    levels = [float(found.levels[asked[:, i], i].mean()) for i in range(found.levels.shape[1]) if asked[:, i].any()]
+    both = found.levels[asked[:, 0] & asked[:, -1]] if found.levels.size else found.levels
+    gain, low, high = difference(both[:, -1], both[:, 0]) if len(both) else 3 * (float("nan"),)
+    return Claim(
+        "a feature's name is the more specific the more strongly it fires (0 to 3)",
+        "3 at the top of most, less at low activation",
+        f"{', '.join(f'{level:.2f}' for level in levels)} from the lowest fifth of the range to the highest, "
+        f"{len(found.levels)} features, by {found.judge}",
+        f"another feature's name {_mean(found.shuffled[~np.isnan(found.shuffled)]):.2f}",
+        f"{gain:+.2f} ({low:+.2f} to {high:+.2f})",
+        UNTOLD if np.isnan(gain) else "holds" if low > 0 else "does not",
     )  # fmt: skip
 
 

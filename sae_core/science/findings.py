@@ -39,7 +39,8 @@ from sae_core.science.scaling import REPORT as SWEEP
 from sae_core.science.scaling import Scaling, held_out, train_sweep
 from sae_core.science.seeds import Twins, by_architecture
 from sae_core.science.shuffled import Control, shuffled_control
-from sae_core.study import ActivationSettings, DictionarySettings, ModelSettings, ScienceSettings
+from sae_core.science.specificity import Rated, rated
+from sae_core.study import ActivationSettings, DictionarySettings, LabelSettings, ModelSettings, ScienceSettings
 
 SHOWN = 6
 """Units of each basis whose strongest tokens are shown."""
@@ -54,6 +55,8 @@ class Given(NamedTuple):
     """Folder of the site's finished sweep."""
     activations: Path
     corpus: Path
+    labels: LabelSettings
+    """Who is asked, where a judge is wanted."""
 
 
 class Covered(NamedTuple):
@@ -117,6 +120,8 @@ class Findings:
     proxies: list[tuple[Proxy, Proxy]]
     """Each kind of text: the largest dictionary's, and that of random directions."""
     formal: list[Found]
+    rated: Rated | None
+    """None when no judge was asked."""
     family: list[str]
     """The largest families, as `kinship.tree` draws them."""
 
@@ -171,7 +176,8 @@ class Measuring:
             len(self.sample.token), [_covered(name, one, concepts, self.sample) for name, one in firings.items()],
             self.bases() if self.settings.neuron_tokens else None,
             self.control() if self.settings.control_tokens else None,
-            self.letters(), self.proxies(), self.formal(), self.family(related),
+            self.letters(), self.proxies(), self.formal(), self.rated() if self.settings.judged else None,
+            self.family(related),
         )  # fmt: skip
 
     def _kin(self, smaller: dict[int, Dictionary], firings: dict[int, Firings], a: int, b: int) -> Kin:
@@ -258,6 +264,14 @@ class Measuring:
         """Text of formal meaning."""
         firings = self.firings[self.sizes[-1]], self.random_firings[self.sizes[-1]]
         return list(formal_kinds(self.sample, self.blocks, self.strings, *firings))
+
+    def rated(self) -> Rated:
+        """Names of some features of the largest dictionary, by a judge."""
+        given, largest = self.given, self.given.scaling / f"w{self.sizes[-1]}"
+        return rated(
+            given.labels, self.settings.judged, given.model, given.corpus, given.activations, largest,
+            self.scratch / "rated", self.device, self.report,
+        )  # fmt: skip
 
     def family(self, related: Sequence[Kin]) -> list[str]:
         """The largest families."""

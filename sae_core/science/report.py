@@ -67,6 +67,7 @@ def _as_json(rows: Sequence[Claim], found: Findings) -> dict[str, Any]:
         "proxies": [[one._asdict() for one in pair] for pair in found.proxies],
         "formal": [{"kind": one.kind.name, "tokens": one.tokens,
                     "features": one.features and one.features._asdict()} for one in found.formal],
+        "rated": found.rated and {"judge": found.rated.judge, "levels": found.rated.levels.tolist()},
         "concepts": [(concept.kind, concept.name, len(concept.rows)) for concept in found.concepts],
         "tokens": found.tokens,
         "tree": [row for level in found.kin for row in level.rows()],

@@ -45,7 +45,9 @@ def by_architecture(
     for add in (0, 1):
         wanted = [_of(base, architecture, base.seed + add) for architecture in architectures]
         found = (training.dictionary() for training in train_all(wanted, source, scratch, device, report))
-        pairs.append([at_l0(d, sample.acts, float(one.k)) if one.k else d for d, one in zip(found, wanted, strict=True)])
+        pairs.append(
+            [at_l0(d, sample.acts, float(one.k)) if one.k else d for d, one in zip(found, wanted, strict=True)]
+        )
     return [_twins(name, one, other, sample, seed) for name, one, other in zip(architectures, *pairs, strict=True)]
 
 

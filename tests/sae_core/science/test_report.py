@@ -7,7 +7,7 @@ import pytest
 
 from sae_core.science.findings import Given
 from sae_core.science.report import build_science
-from sae_core.study import ModelSettings, ScienceSettings
+from sae_core.study import LabelSettings, ModelSettings, ScienceSettings
 from tests.sae_core.science.conftest import WHERE
 
 SETTINGS = ScienceSettings(
@@ -22,7 +22,7 @@ def made(
 ) -> Path:
     """Folder of the report of the tiny sweep."""
     folder = tmp_path_factory.mktemp("science")
-    given = Given(ModelSettings(source=str(tiny_model)), WHERE, swept[0], site, text)
+    given = Given(ModelSettings(source=str(tiny_model)), WHERE, swept[0], site, text, LabelSettings())
     summary = build_science(SETTINGS, given, folder)
     assert summary["claims"] == sum(summary[verdict] for verdict in ("holds", "does not", "cannot_tell"))
     return folder
