@@ -68,12 +68,7 @@ class Firings:
         return cls.of_parts(dictionary, parts, len(sample.acts))
 
     @classmethod
-    def of_parts(
-        cls,
-        dictionary: Dictionary,
-        parts: Iterable[tuple[Int[np.ndarray, " n"], Float[Tensor, "n d_model"]]],
-        tokens: int,
-    ) -> "Firings":
+    def of_parts(cls, dictionary: Dictionary, parts: Iterable[tuple[np.ndarray, Tensor]], tokens: int) -> "Firings":
         """Of activations that come part by part, each with the numbers of its tokens, of so many in all; holds what
         fires, and no dense array."""
         rows, features, values = [], [], []

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.sparse import csr_matrix
+from scipy.sparse import csc_matrix
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
@@ -142,7 +142,7 @@ def absorption(
     return Absorption(name, len(letters), mean[0], mean[1], absorbed / max(places, 1), places)
 
 
-def main_features(fires: csr_matrix, own: np.ndarray, learned: np.ndarray) -> list[int]:
+def main_features(fires: csc_matrix, own: np.ndarray, learned: np.ndarray) -> list[int]:
     """The features whose firings together tell a letter best, one added after another while it helps."""
     some, y = fires[learned].astype(np.float64).tocsc(), own[learned].astype(np.float64)
     chosen, best, covered = list[int](), 0.0, np.zeros(len(y), bool)

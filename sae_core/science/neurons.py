@@ -67,7 +67,7 @@ class CorrelationSums:
         self._sums: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._seen: list[Int[np.ndarray, " n"]] = []
 
-    def add(self, rows: Int[np.ndarray, " n"], arrays: Sequence[Float[Tensor, "n width"]]) -> None:
+    def add(self, rows: Int[np.ndarray, " n"], arrays: Sequence[Float[Tensor, "n _"]]) -> None:
         """Take up the arrays' values on some of the rows."""
         x, parts = self.x[rows], []
         for y in (array.float().numpy() for array in arrays):

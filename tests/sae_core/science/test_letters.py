@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from scipy.sparse import csc_matrix, csr_matrix
+from scipy.sparse import csc_matrix
 
 from sae_core.dictionary import Dictionary
 from sae_core.science.firings import Firings, Sample
@@ -49,7 +49,7 @@ def test_main_features_are_added_while_they_help():
     own = np.repeat([True, False], 100)
     fires = np.zeros((200, 4))
     fires[:60, 0] = fires[60:95, 1] = fires[95:97, 2] = fires[:, 3] = 1
-    assert main_features(csr_matrix(fires), own, np.ones(200, bool)) == [0, 1]  # the third adds less than 0.03
+    assert main_features(csc_matrix(fires), own, np.ones(200, bool)) == [0, 1]  # the third adds less than 0.03
 
 
 def test_a_feature_that_stands_in_for_a_silent_one_is_counted_and_noise_is_not():
