@@ -71,6 +71,14 @@ def test_one_command_makes_the_sweep_and_the_table_through_the_assets_and_puts_b
     )
     assert page.with_name("scaling.png").stat().st_size > 1000
     (made,) = (tmp_path / "science").glob("*/*/science.json")
-    claims = json.loads(made.read_text("utf-8"))["claims"]
-    assert all(f"| {row['claim']} |" in text for row in claims)
+    claims = [row["claim"] for row in json.loads(made.read_text("utf-8"))["claims"]]
+    assert all(f"| {claim} |" in text for claim in claims)
+    assert len(set(claims)) == len(claims)
+    for part in (
+        "the loss at the best size", "two seeds of relu", "split into", "silent where another one absorbed it",
+        "has a feature when it is frequent", "nor are they coordinates", "easier to name than neurons",
+        "shuffled weights", "log-likelihood ratio of DNA",
+    ):  # fmt: skip
+        assert any(part in claim for claim in claims), part
+    assert "\nneurons: " in text
     assert not list((tmp_path / "science").rglob("scratch"))
