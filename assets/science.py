@@ -55,9 +55,8 @@ def science(context: dg.AssetExecutionContext, config: ScienceRun, workshop: Wor
         lambda order, draft, report: build_science(
             order.study.science,
             Given(
-                order.study.model, order.study.activations,
-                *(draft.parents[stage].folder for stage in ("scaling", "activations", "corpus")),
-                order.study.labels,
+                order.study.model, order.study.activations, draft.parents["scaling"].folder,
+                draft.parents["activations"].folder, draft.parents["corpus"].folder, order.study.labels,
             ),
             draft.folder, workshop.torch_device(), report,
         ),

@@ -136,8 +136,9 @@ def neurons(
     firings = Firings.of_parts(directions, chain(held, coming), len(sample.token))
     *by_layer, coordinate = sums.largest()
     ends = np.cumsum([len(one) for one in chosen])
-    alike = zip(np.split(np.max(by_layer, axis=0), ends), np.split(coordinate, ends), strict=True)
-    return Neurons(len(by_layer), len(by_layer) * width, *(Alike(*one) for one in alike), firings)
+    by_group = zip(np.split(np.max(by_layer, axis=0), ends), np.split(coordinate, ends), strict=True)
+    alike, by_chance, shuffled = (Alike(*one) for one in by_group)
+    return Neurons(len(by_layer), len(by_layer) * width, alike, by_chance, shuffled, firings)
 
 
 def layers_before(site: ActivationSettings) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from sae_core.labels.prompts import as_data
 from sae_core.science.firings import Firings, Sample, top_tokens
 
 LEAST_FIRINGS = 20
@@ -101,4 +102,4 @@ def shown(firings: Firings, sample: Sample, strings: Any, count: int, seed: int 
     """The tokens among the strongest of some units with enough firings, drawn at random."""
     judged = np.flatnonzero(firings.counts >= LEAST_FIRINGS)
     for unit in np.random.default_rng(seed).permutation(judged)[:count]:
-        yield " ".join(repr(token)[1:-1] for token in top_tokens(firings, int(unit), sample, strings)[:4])
+        yield " ".join(map(as_data, top_tokens(firings, int(unit), sample, strings)[:4]))
