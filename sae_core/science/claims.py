@@ -121,13 +121,14 @@ def _seed_claims(found: Findings) -> Iterator[Claim]:
     tokens = found.scaling.settings.tokens
     for one in found.by_architecture:
         same = one.same
+        found_again = same.low > same.shared_random and same.correlation > same.correlation_random
         yield Claim(
             f"two seeds of {one.architecture} share features, after {tokens[len(tokens) // 2]:,} activations",
             "less of TopK than of ReLU (Llama-3-8B)",
             f"{same.shared:.0%} of {found.twins} at an L0 of {one.l0:.0f}, {one.live:.0%} live; median correlation "
             f"{same.correlation:.2f}",
             f"random directions {same.shared_random:.0%}, {same.correlation_random:.2f}",
-            f"{same.low:.0%} to {same.high:.0%}", "holds" if same.low > same.shared_random else "does not",
+            f"{same.low:.0%} to {same.high:.0%}", "holds" if found_again else "does not",
         )  # fmt: skip
 
 

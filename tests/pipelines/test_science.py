@@ -58,14 +58,14 @@ def test_one_command_makes_the_sweep_and_the_table_through_the_assets_and_puts_b
     monkeypatch.setattr("assets.resources.home", lambda: tmp_path)
     page = tmp_path / "science.md"
     page.write_text(
-        "# A\n<!-- scaling -->\nold\n<!-- /scaling -->\nB\n<!-- science -->\n<!-- /science -->\nC\n", "utf-8"
+        "# A\n<!-- scaling -->\nwhat was there\n<!-- /scaling -->\nB\n<!-- science -->\n<!-- /science -->\nC\n", "utf-8"
     )
     done = CliRunner().invoke(
         science, ["tiny-science", "--into", str(page), "--device", "cpu"], obj=False, catch_exceptions=False
     )
     assert done.exit_code == 0, done.output
     text = page.read_text("utf-8")
-    assert "old" not in text
+    assert "what was there" not in text
     assert (
         text.index("Joint law") < text.index("\nB\n") < text.index("| features are not neurons") < text.index("\nC\n")
     )
