@@ -47,15 +47,18 @@ def scaling(context: dg.AssetExecutionContext, config: ScalingRun, workshop: Wor
 )
 def science(context: dg.AssetExecutionContext, config: ScienceRun, workshop: Workshop) -> dg.MaterializeResult:
     """The papers' findings on the sweep's dictionaries: seeds, splitting, coverage, kinds of text, against controls."""
-    from sae_core.pretrained import load_tokenizer
+    from sae_core.science.findings import Given
     from sae_core.science.report import build_science
 
     return workshop.make(
         context, "science", config,
         lambda order, draft, report: build_science(
-            order.study.science, draft.parents["scaling"].folder, draft.parents["activations"].folder,
-            draft.parents["corpus"].folder, load_tokenizer(order.study.model), draft.folder, workshop.torch_device(),
-            report,
+            order.study.science,
+            Given(
+                order.study.model, order.study.activations, draft.parents["scaling"].folder,
+                draft.parents["activations"].folder, draft.parents["corpus"].folder, order.study.labels,
+            ),
+            draft.folder, workshop.torch_device(), report,
         ),
         markdown,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from sae_core.display import display_strings
 from sae_core.names import Hook
 from sae_core.pretrained import ModelError, expected_bos, load_outline, load_tokenizer, load_weights
 from sae_core.progress import Report, silent
-from sae_core.sites import Site, find_final_norm, find_layers, find_post_norms, find_site
+from sae_core.sites import Site, find_final_norm, find_layers, find_neurons, find_post_norms, find_site
 from sae_core.study import ModelSettings
 
 __all__ = ["Edit", "LanguageModel", "Message", "ModelError", "load_tokenizer", "places"]
@@ -138,7 +138,6 @@ class LanguageModel:
         """Activations at one site; arguments and errors as in `capture_many`."""
         return self.capture_many([(hook, layer)], token_ids, segments)[0]
 
-    @torch.no_grad()
     def capture_many(
         self,
         sites: Sequence[tuple[Hook, int]],
@@ -157,6 +156,25 @@ class LanguageModel:
         Raises:
             ModelError: the model has no such site, the rows exceed its context, or it was to be compiled and cannot.
         """
+        names = [f"{hook} of layer {layer}" for hook, layer in sites]
+        return self._capture([(self.site(*site), site[1]) for site in sites], names, token_ids, segments)
+
+    def capture_neurons(
+        self,
+        layers: Sequence[int],
+        token_ids: Int[Tensor, "batch length"],
+        segments: Int[Tensor, "batch length"] | None = None,
+    ) -> list[Float[Tensor, "batch length d_mlp"]]:
+        """What goes into the last matrix of each layer's MLP: its neurons' activations, times their gates where it has
+        such. Arguments and errors as in `capture_many`; ModelError also when an MLP has no such matrix."""
+        sites = [(find_neurons(self._layers[layer], self.d_model), layer) for layer in layers]
+        return self._capture(sites, [f"neurons of layer {layer}" for layer in layers], token_ids, segments)
+
+    @torch.no_grad()
+    def _capture(
+        self, sites: Sequence[tuple[Site, int]], names: Sequence[str], token_ids: Tensor, segments: Tensor | None
+    ) -> list[Tensor]:
+        """What lies at the sites, each in its layer, from one pass up to the last of them."""
         found: dict[int, Tensor] = {}
 
         def keep(number: int) -> Edit:
@@ -170,8 +188,8 @@ class LanguageModel:
             return visit
 
         with ExitStack() as stack:
-            for number, (hook, layer) in enumerate(sites):
-                stack.enter_context(self._attached(hook, layer, keep(number)))
+            for number, (site, layer) in enumerate(sites):
+                stack.enter_context(self._attached(site, layer, keep(number)))
             try:
                 self._run(self._decoder, token_ids, segments)
             except _Captured:
@@ -179,7 +197,7 @@ class LanguageModel:
             except BackendCompilerFailed as error:
                 cause = str(error).partition("\n")[0]
                 raise ModelError(f"the model cannot be compiled, {cause}: set activations.compiled = false") from error
-        lacking = [f"{hook} of layer {layer}" for n, (hook, layer) in enumerate(sites) if n not in found]
+        lacking = [name for number, name in enumerate(names) if number not in found]
         raise ModelError(f"{', '.join(lacking)} is not reached in a forward pass: choose another hook")
 
     def compile(self, read: Collection[int]) -> None:
@@ -235,7 +253,7 @@ class LanguageModel:
         In generation `fn` sees the whole prompt first and then one token at a time. Edits at one site are applied in
         the order in which they were entered. Raises ModelError when the model has no such site.
         """
-        with self._attached(hook, layer, fn):
+        with self._attached(self.site(hook, layer), layer, fn):
             yield
 
     @contextmanager
@@ -444,9 +462,9 @@ class LanguageModel:
             raise ModelError(f"{length} tokens exceed the model's context of {self.context}: give fewer")
 
     @contextmanager
-    def _attached(self, hook: Hook, layer: int, visit: Edit) -> Iterator[None]:
+    def _attached(self, site: Site, layer: int, visit: Edit) -> Iterator[None]:
         """Inside the `with`, every forward pass calls `visit` with the activation and goes on with what it returns."""
-        module, side = self.site(hook, layer)
+        module, side = site
         shape: list[int] = []  # of the residual stream; some layers flatten it before the MLP
 
         def see(acts: Tensor) -> Tensor:

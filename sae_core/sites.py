@@ -54,6 +54,24 @@ def find_site(layer: nn.Module, hook: Hook) -> Site:
     return Site(found, "input" if hook == "mlp_in" else "output")
 
 
+def find_neurons(layer: nn.Module, d_model: int) -> Site:
+    """The neurons of a decoder layer's MLP: what goes into its last matrix, which leads back to the residual stream.
+
+    Raises ModelError when it has no one such matrix, as a mixture of experts.
+    """
+    part = find_site(layer, "mlp_in").module
+    holder = layer if isinstance(part, nn.Linear) else part  # OPT's layers hold the matrices themselves
+    back = [child for child in holder.children() if _puts_out(child) == d_model]
+    if not back:
+        raise ModelError(f"{type(holder).__name__} has no neurons of its own: none of its matrices puts out {d_model}")
+    return Site(back[-1], "input")
+
+
+def _puts_out(module: nn.Module) -> int | None:
+    """Width of what a matrix puts out, as `nn.Linear` and the `Conv1D` of `transformers` say it; None of all else."""
+    return getattr(module, "out_features", getattr(module, "nf", None))
+
+
 def find_post_norms(layers: nn.ModuleList, run: Callable[[], Any]) -> dict[nn.Module, nn.Module]:
     """Of each sublayer whose output goes through a norm on its way to the residual stream (Gemma 2, OLMo 2), that norm.
 

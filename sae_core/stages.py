@@ -28,7 +28,7 @@ VERSIONS = {
     "labels": 6, "atlas": 1,
 }  # fmt: skip
 
-ON_DEMAND = {"steering_report": 3, "safety": 2, "multilingual": 2, "behaviors": 1, "scaling": 1, "science": 1}
+ON_DEMAND = {"steering_report": 3, "safety": 2, "multilingual": 2, "behaviors": 1, "scaling": 1, "science": 2}
 """Versions of the stages that are no part of an atlas, and made when somebody asks for them."""
 
 SITE_REPORTS = ("scaling", "science")
@@ -58,7 +58,7 @@ def recipes(study: Study, on_demand: bool = False) -> Iterator[Recipe]:
             settings = _settings(one.scaling) | {"dictionary": _settings(one.dictionaries[0])}
             scaling = _recipe("scaling", one.site.slug, settings, sites[one.site])
             yield scaling
-            yield _recipe("science", one.site.slug, _settings(one.science), corpus, sites[one.site], scaling)
+            yield _recipe("science", one.site.slug, _science_settings(one), corpus, sites[one.site], scaling)
     for one, dictionary in study.trainings:
         written = one.written(dictionary)
         read, also = sites[one.site], [sites[one.named(written)]] if written else []
@@ -143,6 +143,11 @@ def _label_settings(labels: LabelSettings) -> dict[str, Any]:
     if labels.base_url or not labels.features:
         return settings
     return settings | {"model": identify_model(ModelSettings(source=labels.model))}
+
+
+def _science_settings(study: Study) -> dict[str, Any]:
+    """The settings, with who is asked where a judge is wanted."""
+    return _settings(study.science) | ({"labels": _label_settings(study.labels)} if study.science.judged else {})
 
 
 def _safety_settings(study: Study) -> dict[str, Any]:

@@ -511,8 +511,27 @@ class ScienceSettings(Settings):
     """Least share of the tokens that a language or kind of text must have for a feature of it to be looked for."""
     families: int = Field(8, ge=0)
     """Families of features that split, shown as a tree."""
+    architectures: list[Architecture] = Field(["batch_top_k", "top_k", "relu"])
+    """Architectures of which two seeds are trained at `twins` and compared; empty for none, and no transcoder."""
+    neuron_tokens: int = Field(32_768, ge=0)
+    """Of these activations, those on which the model runs again and its MLP neurons are read; 0 for none."""
+    neuron_features: int = Field(512, ge=1)
+    """Features, drawn at random, that are held against every neuron of the layers up to the site."""
+    control_tokens: int = Field(131_072, ge=0)
+    """Text, in whole shards, that is read by the model with shuffled weights, whose dictionary is compared; 0 for
+    none."""
+    judged: int = Field(0, ge=0)
+    """Features of the largest dictionary that the study's label writer names, and whose names it rates from 0 to 3; it
+    is asked several times for each."""
     seed: int = 0
-    """Of the random directions."""
+    """Of the random directions, and of what is drawn."""
+
+    @field_validator("architectures")
+    @classmethod
+    def _one_site(cls, architectures: list[Architecture]) -> list[Architecture]:
+        if "transcoder" in architectures:
+            raise ValueError("a transcoder reads one site and writes another: the sweep has one site; leave it out")
+        return architectures
 
 
 class CheckSettings(Settings):

@@ -124,6 +124,14 @@ CIRCUITS = (
 )
 """Two layers, and a task whose prompts a random model gets right about every second time."""
 (HOME / "studies" / "tiny-circuits.toml").write_text(CIRCUITS, "utf-8")
+SCIENCE = (
+    TINY_STUDY.replace("tokens = 6_000", "tokens = 9_000")
+    + "[scaling]\nd_sae = [16, 32, 64]\ntokens = [1024, 2048, 4096]\nk = [2, 6]\nlr_factors = [0.5]\n"
+    + "evaluation_tokens = 512\nresamples = 20\n[science]\ntokens = 2048\ntwins = 32\nneuron_tokens = 1024\n"
+    + 'neuron_features = 16\ncontrol_tokens = 1024\narchitectures = ["batch_top_k", "relu"]\n'
+)
+"""A sweep of moments, and all of the papers' findings on it."""
+(HOME / "studies" / "tiny-science.toml").write_text(SCIENCE, "utf-8")
 (HOME / "tasks").mkdir()
 _PROMPTS = [
     [" ".join(s.split()[:n]), a, b] for s in SENTENCES[:6] for n in (2, 3) for a, b in ((" the", " a"), (" a", " the"))

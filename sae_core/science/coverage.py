@@ -122,6 +122,11 @@ def likelihood_ratio(
     """
     counts = [np.bincount(sample.token[mask], minlength=n_tokens) + 0.5 for mask in (inside, np.ones_like(inside))]
     ratio = np.log(counts[0] / counts[0].sum()) - np.log(counts[1] / counts[1].sum())
+    return best_run(ratio, sample, blocks)
+
+
+def best_run(ratio: Float[np.ndarray, " vocab"], sample: Sample, blocks: Blocks) -> Float[np.ndarray, " tokens"]:
+    """For each token the largest sum of the ratios of some tokens that end at it, of at most `CONTEXT`; at least 0."""
     best, total = np.zeros(len(sample.token)), np.zeros(len(sample.token))
     for back in range(CONTEXT):
         there = sample.offset >= back

@@ -1,6 +1,6 @@
 """Which features fire on which tokens of a sample, for several dictionaries and bases over the same tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from sae_core.dictionary import Dictionary
 
 CALIBRATED_ON = 16_384
 """Activations that the threshold of a basis is set on."""
+_ROWS = 2048
 
 
 class Sample(NamedTuple):
@@ -39,6 +40,17 @@ class Sample(NamedTuple):
         acts, *places = (torch.cat(column)[:tokens] for column in zip(*parts, strict=True))
         return cls(acts, *(place.numpy() for place in places))
 
+    def at(self, rows: Int[np.ndarray, " n"]) -> "Sample":
+        """Some of the tokens."""
+        return Sample(self.acts[torch.from_numpy(rows)], *(place[rows] for place in self[1:]))
+
+    def whole_blocks(self, tokens: int, seed: int) -> Int[np.ndarray, " n"]:
+        """Rows of all tokens of some blocks, drawn at random: of as many as hold so many tokens."""
+        blocks, sizes = np.unique(self.block, return_counts=True)
+        order = np.random.default_rng(seed).permutation(len(blocks))
+        chosen = blocks[order[: int(np.searchsorted(sizes[order].cumsum(), tokens)) + 1]]
+        return np.flatnonzero(np.isin(self.block, chosen))
+
 
 @dataclass(frozen=True)
 class Firings:
@@ -48,16 +60,29 @@ class Firings:
 
     @classmethod
     def of(cls, dictionary: Dictionary, sample: Sample) -> "Firings":
-        """Of every token; holds what fires, and no dense array."""
-        rows, features, values, start = [], [], [], 0
-        for x in sample.acts.split(2048):
+        """Of every token."""
+        starts = range(0, len(sample.acts), _ROWS)
+        parts = (
+            (np.arange(start, start + len(x)), x) for start, x in zip(starts, sample.acts.split(_ROWS), strict=True)
+        )
+        return cls.of_parts(dictionary, parts, len(sample.acts))
+
+    @classmethod
+    def of_parts(cls, dictionary: Dictionary, parts: Iterable[tuple[np.ndarray, Tensor]], tokens: int) -> "Firings":
+        """Of activations that come part by part, each with the numbers of its tokens, of so many in all; holds what
+        fires, and no dense array."""
+        rows, features, values = [], [], []
+        for numbers, x in parts:
             acts = dictionary.encode_sparse(x)
-            rows.append(acts.row + start)
-            features.append(acts.feature)
-            values.append(acts.value)
-            start += len(x)
-        places = torch.cat(rows).numpy(), torch.cat(features).numpy()
-        return cls(csc_matrix((torch.cat(values).numpy(), places), (start, dictionary.d_sae)))
+            rows.append(numbers[acts.row.numpy()])
+            features.append(acts.feature.numpy())
+            values.append(acts.value.numpy())
+        places = np.concatenate(rows), np.concatenate(features)
+        return cls(csc_matrix((np.concatenate(values), places), (tokens, dictionary.d_sae)))
+
+    def at(self, rows: Int[np.ndarray, " n"]) -> "Firings":
+        """On some of the tokens."""
+        return Firings(self.values.tocsr()[rows].tocsc())
 
     @property
     def counts(self) -> Int[np.ndarray, " d_sae"]:
@@ -98,25 +123,29 @@ class Firings:
         return np.divide((a.T @ b).toarray(), scale, out=np.zeros_like(scale), where=scale > 0)
 
 
-def random_directions(like: Dictionary, sample: Sample, seed: int = 0) -> Dictionary:
-    """As many random unit directions, read where they exceed the threshold at which as many fire on a token."""
-    rows = torch.randn(like.d_sae, like.d_model, generator=torch.Generator().manual_seed(seed))
-    return _basis(rows, like.config["k"], sample)
+def random_directions(d_sae: int, k: int, sample: Sample, seed: int = 0) -> Dictionary:
+    """So many random unit directions, read where they exceed the threshold at which k fire on a token."""
+    rows = torch.randn(d_sae, sample.acts.shape[1], generator=torch.Generator().manual_seed(seed))
+    return basis(rows, k, sample.acts)
 
 
-def principal_directions(like: Dictionary, sample: Sample) -> Dictionary:
+def principal_directions(k: int, sample: Sample) -> Dictionary:
     """The principal components of the sample, each in both directions, likewise."""
     x = sample.acts[:CALIBRATED_ON].float()
     rows = torch.linalg.eigh(torch.cov((x - x.mean(0)).T)).eigenvectors.T
-    return _basis(torch.cat([rows, -rows]), like.config["k"], sample)
+    return basis(torch.cat([rows, -rows]), k, x)
 
 
-def _basis(rows: Float[Tensor, "n d_model"], k: int, sample: Sample) -> Dictionary:
-    """Directions as a dictionary: projections, in standard deviations of each, above one threshold for all."""
-    x = sample.acts[:CALIBRATED_ON].float()
+def basis(rows: Float[Tensor, "n d_model"], k: int, x: Float[Tensor, "tokens d_model"]) -> Dictionary:
+    """Directions as a dictionary: projections, in standard deviations of each, above one threshold for all.
+
+    A direction in which nothing varies never fires.
+    """
+    x = x[:CALIBRATED_ON].float()
     rows, mean = normalize(rows, dim=1), x.mean(0)
-    W_enc = rows.T / ((x - mean) @ rows.T).std(0)
-    z = torch.cat([part @ W_enc for part in (x - mean).split(2048)])
+    std = ((x - mean) @ rows.T).std(0)
+    W_enc = rows.T * torch.where(std > 0, 1 / std, 0)
+    z = torch.cat([part @ W_enc for part in (x - mean).split(_ROWS)])
     threshold = torch.topk(z.flatten(), k * len(x)).values[-1].clamp(min=0)
     config = {"architecture": "batch_top_k", "k": k}
     return Dictionary(W_enc.contiguous(), -mean @ W_enc, rows, mean, threshold.expand(len(rows)).clone(), config)
@@ -126,9 +155,3 @@ def top_tokens(firings: Firings, feature: int, sample: Sample, strings: Any, n: 
     """The tokens among a feature's `n` strongest, the most frequent first."""
     ids, counts = np.unique(sample.token[firings.strongest(feature, n)], return_counts=True)
     return [strings[ids[i]] for i in np.argsort(-counts, kind="stable")]
-
-
-def single_token(firings: Firings, sample: Sample, n: int = 20) -> Iterator[bool]:
-    """For each feature with `n` firings, whether all its strongest are the same token (Bricken et al. 2023)."""
-    for feature in np.flatnonzero(firings.counts >= n):
-        yield len(set(sample.token[firings.strongest(int(feature), n)].tolist())) == 1

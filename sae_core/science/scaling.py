@@ -155,11 +155,22 @@ def train_sweep(
         device: where to train.
         report: told of every step.
     """
+    for training in train_all(wanted, source, scratch, device, report):
+        yield training.settings, *_judged(training, x)
+
+
+def train_all(
+    wanted: Sequence[DictionarySettings],
+    source: Activations,
+    scratch: Path,
+    device: str = "cpu",
+    report: Report = silent,
+) -> Iterator[Training]:
+    """The finished trainings, in order; arguments as of `train_sweep`, of any architecture of one site."""
     for group in memory_groups(wanted, source.d_model):
         trainings = {scratch / f"{one.fingerprint()}.safetensors": Training(one, source, device) for one in group}
         train_together(trainings, source, report)
-        for training in trainings.values():
-            yield training.settings, *_judged(training, x)
+        yield from trainings.values()
 
 
 def held_out(judged: Activations, tokens: int) -> Float[Tensor, "tokens d_model"]:

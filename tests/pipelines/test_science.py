@@ -1,4 +1,4 @@
-"""`plan`: durations, refusals, and a study file that says what was proposed."""
+"""`plan`: durations, refusals, and a study file that says what was proposed. `science`: a page made anew."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 from click import BadParameter
 from click.testing import CliRunner
 
-from pipelines.commands.science import Duration, plan
+from pipelines.commands.science import Duration, plan, science
 from sae_core.study_files import load_study
 
 
@@ -50,3 +50,35 @@ def test_a_plan_for_a_model_that_was_never_read_is_written_as_a_study_that_loads
     changed = {"name", "dictionaries"}
     assert after.model_dump(exclude=changed) == before.model_dump(exclude=changed)
     assert told["proposal"]["seconds"] > 0
+
+
+def test_one_command_makes_the_sweep_and_the_table_through_the_assets_and_puts_both_into_a_page(
+    tiny_study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("assets.resources.home", lambda: tmp_path)
+    page = tmp_path / "science.md"
+    page.write_text(
+        "# A\n<!-- scaling -->\nwhat was there\n<!-- /scaling -->\nB\n<!-- science -->\n<!-- /science -->\nC\n", "utf-8"
+    )
+    done = CliRunner().invoke(
+        science, ["tiny-science", "--into", str(page), "--device", "cpu"], obj=False, catch_exceptions=False
+    )
+    assert done.exit_code == 0, done.output
+    text = page.read_text("utf-8")
+    assert "what was there" not in text
+    assert (
+        text.index("Joint law") < text.index("\nB\n") < text.index("| features are not neurons") < text.index("\nC\n")
+    )
+    assert page.with_name("scaling.png").stat().st_size > 1000
+    (made,) = (tmp_path / "science").glob("*/*/science.json")
+    claims = [row["claim"] for row in json.loads(made.read_text("utf-8"))["claims"]]
+    assert all(f"| {claim} |" in text for claim in claims)
+    assert len(set(claims)) == len(claims)
+    for part in (
+        "the loss at the best size", "two seeds of relu", "split into", "silent where another one absorbed it",
+        "has a feature when it is frequent", "nor are they coordinates", "easier to name than neurons",
+        "shuffled weights", "log-likelihood ratio of DNA",
+    ):  # fmt: skip
+        assert any(part in claim for claim in claims), part
+    assert "\nneurons: " in text
+    assert not list((tmp_path / "science").rglob("scratch"))

@@ -12,20 +12,27 @@ from sae_core.study import ActivationSettings, CorpusSettings, DictionarySetting
 SWEEP = ScalingSettings(
     d_sae=[16, 32, 64], tokens=[2048, 4096, 8192], k=[2, 6], lr_factors=[0.5], evaluation_tokens=512, resamples=20
 )
+WHERE = ActivationSettings(layer=1, precision="float32", shard_tokens=1024)
 BASE = DictionarySettings(k=4, batch_tokens=64)
 
 
 @pytest.fixture(scope="session")
-def site(tiny_model: Path, text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of activations of the tiny model."""
-    corpus, activations = tmp_path_factory.mktemp("corpus"), tmp_path_factory.mktemp("activations")
-    model = ModelSettings(source=str(tiny_model))
-    text = CorpusSettings.model_validate(
+def text(tiny_model: Path, text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the corpus."""
+    folder = tmp_path_factory.mktemp("corpus")
+    settings = CorpusSettings.model_validate(
         {"name": "t", "sources": [str(text_folder)], "tokens": 20_000, "block_tokens": 32, "held_out": 0.2}
     )
-    build_corpus(text, model, corpus)
-    harvest(ActivationSettings(layer=1, precision="float32", shard_tokens=1024), model, corpus, activations)
-    return activations
+    build_corpus(settings, ModelSettings(source=str(tiny_model)), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def site(tiny_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of activations of the tiny model."""
+    folder = tmp_path_factory.mktemp("activations")
+    harvest(WHERE, ModelSettings(source=str(tiny_model)), text, folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

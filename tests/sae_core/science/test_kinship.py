@@ -1,11 +1,13 @@
 """Firings, twins and ancestors, held against dense arithmetic and against dictionaries made from one another."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from sae_core.dictionary import Dictionary
-from sae_core.science.firings import Firings, Sample, principal_directions, random_directions, single_token
+from sae_core.science.firings import Firings, Sample, principal_directions, random_directions
 from sae_core.science.kinship import kin, nearest, share_interval, tree, universality
 
 D_MODEL, N = 24, 600
@@ -55,7 +57,7 @@ def test_a_dictionary_in_another_order_is_its_own_twin_and_random_directions_are
 ):
     one = dictionary(rows)
     other = one.reordered(torch.randperm(16, generator=torch.Generator().manual_seed(2)))
-    random = random_directions(one, sample, seed=5)
+    random = random_directions(16, 3, sample, seed=5)
     found = universality(one, other, random, tuple(Firings.of(d, sample) for d in (one, other, random)))
     assert (found.shared, found.by_frequency) == (1, [1, 1, 1])
     assert found.correlation == pytest.approx(1, abs=1e-5)
@@ -84,21 +86,27 @@ def test_children_lie_under_the_feature_they_were_made_of_and_what_is_new_under_
     assert tree([], names, roots=3) == []
 
 
-@pytest.mark.parametrize("basis", [random_directions, principal_directions])
-def test_bases_fire_as_often_as_the_dictionary_they_are_held_against(basis, sample: Sample, rows: torch.Tensor):
-    found = basis(dictionary(rows), sample)
+@pytest.mark.parametrize(
+    "directions", [lambda sample: random_directions(16, 3, sample), partial(principal_directions, 3)]
+)
+def test_bases_fire_as_often_as_the_dictionary_they_are_held_against(directions, sample: Sample):
+    found = directions(sample)
     assert Firings.of(found, sample).counts.sum() / N == pytest.approx(3, abs=0.05)
     assert torch.allclose(found.W_dec.norm(dim=1), torch.ones(found.d_sae), atol=1e-5)
-    if basis is principal_directions:
+    if found.d_sae == 2 * D_MODEL:  # principal ones
         assert torch.allclose(found.W_dec[:D_MODEL] @ found.W_dec[:D_MODEL].T, torch.eye(D_MODEL), atol=1e-4)
 
 
-def test_a_feature_of_one_token_is_told_from_one_of_several(sample: Sample):
-    acts = torch.zeros(N, D_MODEL)
-    acts[:, 0] = torch.from_numpy((sample.token == 3) * 2.0)
-    acts[:, 1] = 1.0 + torch.arange(N) / N
-    firings = Firings.of(dictionary(torch.eye(D_MODEL)[:3]), sample._replace(acts=acts))
-    assert list(single_token(firings, sample)) == [True, False]  # the third never fires
+def test_firings_that_come_in_parts_and_out_of_order_are_the_same(sample: Sample, rows: torch.Tensor):
+    one = dictionary(rows)
+    order = np.random.default_rng(0).permutation(N)
+    parts = [(some, sample.acts[torch.from_numpy(some)]) for some in np.array_split(order, 7)]
+    whole = Firings.of(one, sample)
+    assert np.allclose(Firings.of_parts(one, parts, N).values.toarray(), whole.values.toarray(), atol=1e-6)
+    assert np.array_equal(whole.at(order[:50]).values.toarray(), whole.values.toarray()[order[:50]])
+    few = sample.whole_blocks(50, seed=0)
+    assert len(few) == 60
+    assert all(np.isin(np.flatnonzero(sample.block == block), few).all() for block in set(sample.block[few].tolist()))
 
 
 def test_a_share_of_everything_has_no_interval_and_one_of_half_has():
