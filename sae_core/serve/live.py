@@ -53,7 +53,7 @@ class Live:
 
     def ready(self, atlas: Atlas) -> "tuple[LanguageModel, Dictionary]":
         """The model that the atlas describes and its dictionary. To be called in the model's thread only."""
-        lm = self.model(self._described(atlas))
+        lm = self._model(atlas)
         if self._dictionary is None or self._dictionary[0] is not atlas:
             self._dictionary = atlas, atlas.load_dictionary().to(lm.device)
         return lm, self._dictionary[1]
@@ -91,11 +91,11 @@ class Live:
             tokens.close()
 
     def _explain(self, atlas: Atlas, text: str, per_token: int, feature: int | None) -> Iterator[ExplainedToken]:
-        yield from atlas.explain_lazily(self.model(self._described(atlas)), text, per_token, feature)
+        yield from atlas.explain_lazily(self._model(atlas), text, per_token, feature)
 
-    def _described(self, atlas: Atlas) -> "ModelSettings":
+    def _model(self, atlas: Atlas) -> "LanguageModel":
         """The model that the atlas describes."""
-        return self.studies.order(atlas.dictionary).study.model
+        return self.model(self.studies.order(atlas.dictionary).study.model)
 
     def model(self, settings: "ModelSettings") -> "LanguageModel":
         """A model, the only one that is loaded then. To be called in the model's thread only."""
