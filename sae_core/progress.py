@@ -18,16 +18,22 @@ def silent(done: int, total: int, unit: str, **values: float) -> None:
 
 
 def now_and_then(tell: Callable[[str], object], seconds: float) -> Report:
-    """A report that tells a line, for logs: how far, how fast, and how long still; at most every so many seconds."""
-    start = last = time.monotonic()
+    """A report that tells a line, for logs: how far, how fast, and how long still; at most every so many seconds.
+
+    Each step of the work, known by its total and unit, has a rate of its own; what was done before it began to tell has
+    no part in that.
+    """
+    last = start = time.monotonic()
+    step, begun = (0, ""), 0
 
     def report(done: int, total: int, unit: str, **values: float) -> None:
-        nonlocal last
+        nonlocal last, start, step, begun
         now = time.monotonic()
-        if now - last >= seconds and done:
-            last = now
-            left = (now - start) / done * (total - done)
+        if step != (total, unit):
+            step, start, begun = (total, unit), now, done
+        if now - last >= seconds and done > begun and now > start:
+            last, rate = now, (done - begun) / (now - start)
             numbers = "".join(f", {name} {value:.4g}" for name, value in values.items())
-            tell(f"{done:,} of {total:,} {unit}, {done / (now - start):,.0f} a second, {left:.0f} s left{numbers}")
+            tell(f"{done:,} of {total:,} {unit}, {rate:,.0f} a second, {(total - done) / rate:.0f} s left{numbers}")
 
     return report
