@@ -76,6 +76,8 @@ def frontier_picture(points: Sequence[Point]) -> dict[str, dg.MetadataValue]:
 
 def scaling_figure(scaling: "Scaling") -> "Figure":
     """Loss against compute, with the law and the frontier; and loss against d_sae at equal compute."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     figure = _figure(10, 4)
     left, right = figure.subplots(1, 2)
     left.scatter([r.compute for r in scaling.grid], [r.fvu for r in scaling.grid], color="#999999", label="runs")
@@ -89,7 +91,13 @@ def scaling_figure(scaling: "Scaling") -> "Figure":
         if len(profile) > 2:
             right.plot([r.d_sae for r in profile], [r.fvu for r in profile], marker="o", label=f"C = {total:,}")
     right.set(xlabel="d_sae, at equal compute", ylabel="FVU", xscale="log", yscale="log")
-    right.legend(fontsize="small")
+    right.minorticks_off()
+    right.set_xticks(scaling.settings.d_sae, [f"{d_sae:,}" for d_sae in scaling.settings.d_sae])
+    right.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    for axes in (left, right):
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
     return figure
 
 
