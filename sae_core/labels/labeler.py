@@ -41,6 +41,14 @@ class Outcome(NamedTuple):
     """When the last of them was there."""
 
 
+class _Begun(NamedTuple):
+    """What came of asking so far, and what is asked next."""
+
+    outcome: Outcome
+    messages: list[Message]
+    turn: int
+
+
 class Labeler:
     """Asks a client about features.
 
@@ -65,8 +73,8 @@ class Labeler:
         """Why features were left out, when the budget was used up."""
         self._failures = 0
         self._answered = False
-        self._begun: dict[int, Outcome] = {}
-        """What came of features whose first answer could not be used: it is paid for, whatever comes after it."""
+        self._begun: dict[int, _Begun] = {}
+        """Features that the budget has no room for in the midst: gone on with when it has, failed when it never has."""
 
     async def label_all(self, chosen: Sequence[int], concurrency: int, report: Report) -> list[Outcome]:
         """Outcomes in the order of `chosen`, with at most `concurrency` requests under way (the client sees to it).
@@ -100,16 +108,19 @@ class Labeler:
         self._give_up_after = min(_GIVE_UP_AFTER, len(chosen))
         await run_all([work() for _ in range(min(concurrency + concurrency // 4, len(chosen)))])
         self.stopped = self.stopped if todo else ""
-        outcomes = self._begun | outcomes
+        outcomes |= {feature: begun.outcome for feature, begun in self._begun.items()}
         return [outcomes[feature] for feature in chosen if feature in outcomes]
 
     async def label(self, feature: int) -> Outcome:
         """Ask about one feature; a failure is an outcome. Raises as `label_all`, and BudgetReached."""
-        indices, messages = await asyncio.to_thread(self._question, feature)  # others' answers need not wait for it
-        outcome = Outcome(feature, None, "", indices, dollars=self.client.budget.price(NOTHING))
-        for turn in range(TURNS):
+        outcome, messages, first = self._begun.pop(feature, None) or await self._begin(feature)
+        for turn in range(first, TURNS):
             try:
                 completion = await self.client.complete(messages)
+            except BudgetReached:
+                if turn:
+                    self._begun[feature] = _Begun(outcome, messages, turn)
+                raise
             except RequestFailed as failure:
                 self._note(feature, turn, failure.usage, error=str(failure))
                 self._count_failure(str(failure))
@@ -119,9 +130,12 @@ class Labeler:
             self._note(feature, turn, completion.usage, outcome.error, **completion.told())
             if outcome.answer:
                 break
-            self._begun[feature] = outcome
             messages = ask_again(messages, completion.text, outcome.error)
         return outcome
+
+    async def _begin(self, feature: int) -> _Begun:
+        indices, messages = await asyncio.to_thread(self._question, feature)  # others' answers need not wait for it
+        return _Begun(Outcome(feature, None, "", indices, dollars=self.client.budget.price(NOTHING)), messages, 0)
 
     def _question(self, feature: int) -> tuple[list[int], list[Message]]:
         """The examples to show, and what is asked about them."""

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -313,6 +314,23 @@ def test_an_answer_that_cannot_be_used_is_paid_for_though_the_budget_ends_there(
     assert sorted(row.status for row in rows) == ["failed", "lexical"]
     assert sum(row.dollars for row in rows) == summary["dollars"] == pytest.approx((100 * 10 + 20 * 50) / 1e6)
     assert "labels.max_requests" in summary["stopped"]
+
+
+def test_a_feature_put_off_for_want_of_money_goes_on_where_it_was(endpoint, settings, make_features, tmp_path):
+    def build_within(dollars, **options):
+        limits = {"features": 2, "prompt_price": 10.0, "completion_price": 50.0, "max_dollars": dollars}
+        return build(settings.model_copy(update=limits), features, tmp_path / "out", concurrency=2, **options)
+
+    def answer_late(handler, body) -> None:
+        time.sleep(0.5)
+        named_by_prompt(handler, body)
+
+    features = make_features(2, dead=())
+    most = [float(re.findall(r"may cost ([\d.]+)", build_within(1e-4, only=[i])["stopped"])[0]) for i in range(2)]
+    endpoint.script = [lambda h, b: h.answer("prose"), answer_late]  # while the second is out, no money is for a third
+    summary = build_within(sum(most) + 2e-4)
+    assert (summary["n_labeled"], len(endpoint.requests)) == (2, 3)
+    assert sum(a["dollars"] for a in attempts(tmp_path / "out")) == pytest.approx(summary["dollars"])
 
 
 def test_without_a_price_dollars_are_unknown(settings, make_features, tmp_path):
