@@ -113,7 +113,8 @@ class Labeler:
 
     async def label(self, feature: int) -> Outcome:
         """Ask about one feature; a failure is an outcome. Raises as `label_all`, and BudgetReached."""
-        outcome, messages, first = self._begun.pop(feature, None) or await self._begin(feature)
+        begun = self._begun.pop(feature) if feature in self._begun else await self._begin(feature)
+        outcome, messages, first = begun
         for turn in range(first, TURNS):
             try:
                 completion = await self.client.complete(messages)
