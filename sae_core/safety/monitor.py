@@ -106,8 +106,9 @@ class Monitor:
         if not 0 < base_rate < 1:
             raise PromptError(f"base rate {base_rate}: give a share between 0 and 1")
         self.reader, self.detectors, self.base_rate = reader, list(detectors), base_rate
-        self.thresholds = np.array([d.threshold(false_positive_rate) for d in detectors], np.float32)
         self._encode = _Columns(reader.dictionary, [d.feature for d in detectors])
+        least = self._encode.threshold.float().cpu().numpy()  # no feature that fires has a smaller value
+        self.thresholds = np.maximum(np.array([d.threshold(false_positive_rate) for d in detectors], np.float32), least)
 
     def scan(self, texts: Sequence[str]) -> list[list[Alert]]:
         """The alerts of each text, by place and concept. Raises PromptError for a text without a token."""

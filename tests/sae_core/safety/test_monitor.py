@@ -57,6 +57,17 @@ def test_alerts_are_the_runs_of_tokens_at_or_above_the_threshold(monitor: Monito
             np.testing.assert_array_equal(covered, values[:, detector.feature] >= bound)
 
 
+def test_a_feature_silent_in_calibration_alerts_wherever_it_fires(reader: PromptReader) -> None:
+    silent = Monitor(reader, [Detector("c", 3, "", [0.0] * 29, 1.0, -2.0)], 0.5)
+    assert silent.thresholds.tolist() == pytest.approx([0.2])  # the dictionary's, not the least number above 0
+    ids = torch.tensor(reader.lm.tokenizer(TEXTS[0]).input_ids)[:16]
+    fires = reader.dictionary.encode(reader.lm.capture("resid_post", 2, ids[None])[0])[:, 3] > 0
+    covered = np.zeros(len(ids), bool)
+    for alert in silent.scan(TEXTS[:1])[0]:
+        covered[alert.start : alert.stop] = True
+    np.testing.assert_array_equal(covered, fires.numpy())
+
+
 @pytest.mark.parametrize("step", [1, 3, 100])
 def test_a_stream_gives_the_same_alerts_as_the_whole_text(monitor: Monitor, reader: PromptReader, step: int) -> None:
     for text, whole in zip(TEXTS, monitor.scan(TEXTS), strict=True):
