@@ -14,6 +14,7 @@ import itertools
 import json
 import tomllib
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from sae_core.language_model import LanguageModel, Message
 from sae_core.names import Site
 from sae_core.progress import Report, silent
 from sae_core.safety.audit import AUDIT
+from sae_core.safety.shapes import Effect
 from sae_core.settings import Settings
 from sae_core.steering import Steer
 from sae_core.steering_replay import Passage, Replay
@@ -99,32 +101,6 @@ class Chosen(NamedTuple):
         return map(Chosen, np.split(self.odds, places), np.split(self.said, places))
 
 
-class Effect(NamedTuple):
-    """What a change does to a behavior."""
-
-    behavior: str
-    feature: int | None
-    """None for the model as it is, and for words."""
-    change: str
-    """`none`, `down`, `ablated`, `up` or `asked`."""
-    by: str
-    """What was changed: `nothing`, `feature`, `random_direction`, `random_feature` or `words`."""
-    odds: float
-    """Mean log-odds of `one`, nats."""
-    shift: float
-    """Their difference to the model as it is, mean over items (and over random draws)."""
-    low: float
-    high: float
-    """95% bootstrap interval of the shift, over items and draws."""
-    rate: float
-    """Share of items in which `one` is the likelier."""
-    said: float
-    """Change of the ln of the probability that it says either, nats: far below 0, the model is merely broken."""
-    draws: int
-    as_large: int | None
-    """Of a feature: how many of the random draws shift the odds at least as far, in either direction."""
-
-
 def load_behaviors(path: Path = SHIPPED) -> list[Behavior]:
     """The behaviors of a file. Raises pydantic's ValidationError: the shipped one is held by tests."""
     return [Behavior.model_validate(row) for row in tomllib.loads(path.read_text("utf-8"))["behavior"]]
@@ -159,7 +135,7 @@ def build_behaviors(
         items = known(subject, behavior)
         counted[f"items_{behavior.name}"] = len(items)
         effects += measure(subject, behavior, items, best, settings, report) if items else []
-    table = pa.Table.from_pylist([effect._asdict() for effect in effects])
+    table = pa.Table.from_pylist([asdict(effect) for effect in effects])
     pq.write_table(table, folder / TABLE)
     shown = {"behaviors": [b.model_dump(include=_TOLD) | {"n_items": counted[f"items_{b.name}"]} for b in behaviors],
              "effects": table.to_pylist()}  # fmt: skip
@@ -212,7 +188,7 @@ def _judged(name: str, feature: int, change: str, done: dict[str, Chosen], base:
     first, *controls = [_effect(name, feature, change, by, chosen, base) for by, chosen in done.items()]
     shifts = {by: np.abs((chosen.odds - base.odds).mean(1)) for by, chosen in done.items()}
     large = sum(int((shifts[control.by] >= abs(first.shift)).sum()) for control in controls)
-    return [first._replace(as_large=large), *controls]
+    return [replace(first, as_large=large), *controls]
 
 
 def _effect(name: str, feature: int | None, change: str, by: str, done: Chosen, base: Chosen) -> Effect:
@@ -328,7 +304,8 @@ def _row(effect: Effect, effects: Sequence[Effect]) -> str:
 
 
 def _is_control(other: Effect, effect: Effect) -> bool:
-    return other[:3] == effect[:3] and other.by != "feature"
+    same = (other.behavior, other.feature, other.change) == (effect.behavior, effect.feature, effect.change)
+    return same and other.by != "feature"
 
 
 def _verdict(effects: Sequence[Effect], own: Sequence[Effect]) -> str:

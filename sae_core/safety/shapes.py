@@ -112,3 +112,32 @@ class Measured:
         """The factor by which the rate is above or below the one asked for; no alarm counts as half of one."""
         rate = max(self.false_positives, 0.5) / self.negatives
         return max(rate / self.asked, self.asked / rate)
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """What a change does to a behavior."""
+
+    __pydantic_config__ = DOCUMENTED
+
+    behavior: str
+    feature: int | None
+    """None for the model as it is, and for words."""
+    change: str
+    """`none`, `down`, `ablated`, `up` or `asked`."""
+    by: str
+    """What was changed: `nothing`, `feature`, `random_direction`, `random_feature` or `words`."""
+    odds: float
+    """Mean log-odds of `one`, nats."""
+    shift: float
+    """Their difference to the model as it is, mean over items (and over random draws)."""
+    low: float
+    high: float
+    """95% bootstrap interval of the shift, over items and draws."""
+    rate: float
+    """Share of items in which `one` is the likelier."""
+    said: float
+    """Change of the ln of the probability that it says either, nats: far below 0, the model is merely broken."""
+    draws: int
+    as_large: int | None
+    """Of a feature: how many of the random draws shift the odds at least as far, in either direction."""

@@ -13,6 +13,7 @@ from sae_core.neighbor_index import NeighborIndex
 from sae_core.serve.map_data import CHUNK, MapData
 from sae_core.serve.neighborhood import HEIGHT, WIDTH, neighborhood
 from sae_core.serve.render import page
+from sae_core.serve.shapes import MapSummary
 from sae_core.serve.shelf import ChosenAtlas
 
 router = APIRouter(tags=["map"])
@@ -57,8 +58,8 @@ def near_page(request: Request, atlas: ChosenAtlas, feature: int) -> Response:
 
 
 @router.get("/map/{dictionary}/map.json")
-def summary(atlas: ChosenAtlas) -> dict[str, Any]:
-    """How to read the table of points, and the clusters, the largest first."""
+def summary(atlas: ChosenAtlas) -> MapSummary:
+    """How to read the table of points, and the clusters."""
     return map_of(atlas).summary()
 
 

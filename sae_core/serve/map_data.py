@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import numpy as np
@@ -24,6 +23,7 @@ from sae_core.artifacts import ArtifactError, ArtifactStore, write_atomically
 from sae_core.features import Features
 from sae_core.labels.reader import BEST_SCORE, LABELS, doubted
 from sae_core.serve.cluster_names import cluster_names
+from sae_core.serve.shapes import MapCluster, MapSummary
 from sae_core.settings import fingerprint
 
 MAP = "map.parquet"
@@ -72,11 +72,13 @@ class MapData:
         """The columns in the order of `COLUMNS`, little-endian, one after the other."""
         return b"".join(self.columns[name].astype(kind).tobytes() for name, kind in COLUMNS.items())
 
-    def summary(self) -> dict[str, Any]:
-        """What a browser must know to read the table: its length, its columns, and the clusters, the largest first."""
-        clusters = [{"id": c.cluster, "name": c.name, "x": c.x, "y": c.y, "size": c.size} for c in self.clusters]
-        return {"n": len(self), "columns": list(COLUMNS), "chunk": CHUNK, "has_score": self.has_score,
-                "version": self.version, "clusters": clusters}  # fmt: skip
+    def summary(self) -> MapSummary:
+        """What a browser must know to read the table."""
+        clusters = [MapCluster(id=c.cluster, name=c.name, x=c.x, y=c.y, size=c.size) for c in self.clusters]
+        return MapSummary(
+            n=len(self), columns=list(COLUMNS), chunk=CHUNK, has_score=self.has_score, version=self.version,
+            clusters=clusters,
+        )  # fmt: skip
 
     @property
     def has_score(self) -> bool:

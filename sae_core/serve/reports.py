@@ -8,7 +8,7 @@ from starlette.responses import HTMLResponse
 
 from sae_core.artifacts import Made
 from sae_core.atlas import Atlas
-from sae_core.safety.shapes import Measured, Random, Rated, Specificity, Steers
+from sae_core.safety.shapes import Effect, Measured, Random, Rated, Specificity, Steers
 from sae_core.safety.words import CAVEATS
 from sae_core.serve.render import page
 from sae_core.serve.shapes import Named, View
@@ -79,6 +79,28 @@ class AuditView(View):
     concepts: list[ConceptView]
 
 
+class BehaviorView(View):
+    """A choice between two ways to go on."""
+
+    name: str
+    description: str
+    concept: str
+    """Of the audit, whose features are steered."""
+    instruction: str
+    """Words that ask for the opposite."""
+    one_means: str
+    other_means: str
+    """What the two ways are; log-odds are of the one over the other."""
+    n_items: int
+
+
+class BehaviorsView(View):
+    """What steering does to behaviors."""
+
+    behaviors: list[BehaviorView]
+    effects: list[Effect]
+
+
 class Example(View):
     """A text in one language."""
 
@@ -146,15 +168,14 @@ def audit(atlas: ChosenAtlas) -> AuditView:
 @router.get("/audit", response_class=HTMLResponse, include_in_schema=False)
 def audit_page(request: Request, atlas: ChosenAtlas) -> HTMLResponse:
     """The audit's tables and verdicts."""
-    behaviors = report_of(atlas.store, "behaviors", atlas.dictionary)
-    shown = _json(behaviors, "behaviors.json") if behaviors else None
+    shown = behaviors(atlas) if report_of(atlas.store, "behaviors", atlas.dictionary) else None
     return page(request, "audit.html", dictionary=atlas.dictionary, view=audit(atlas), behaviors=shown)
 
 
 @router.get("/api/behaviors", tags=["atlas"])
-def behaviors(atlas: ChosenAtlas) -> dict[str, Any]:
+def behaviors(atlas: ChosenAtlas) -> BehaviorsView:
     """What steering with the features of the audit does to a few behaviors, against random controls and words."""
-    return _json(_report(atlas, "behaviors"), "behaviors.json")
+    return BehaviorsView(**_json(_report(atlas, "behaviors"), "behaviors.json"))
 
 
 @router.get("/api/multilingual", tags=["atlas"])

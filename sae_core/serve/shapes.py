@@ -280,3 +280,34 @@ class Overview(View):
     """How far the written labels can be believed; empty where none was scored."""
     lists: list[Listed]
     stages: list[Stage]
+
+
+class MapCluster(View):
+    """A group of features on the map."""
+
+    id: int
+    """As in the table's column `cluster`."""
+    name: str
+    """The tokens that tell it from the others."""
+    x: float
+    y: float
+    """Median of its features' places."""
+    size: int
+    """Features in it."""
+
+
+class MapSummary(View):
+    """How to read the table of points."""
+
+    n: int
+    """Rows: features on the map."""
+    columns: list[str]
+    """Of the table, one after the other."""
+    chunk: int
+    """Names in one file of names."""
+    has_score: bool
+    """Whether any label was scored."""
+    version: str
+    """Of all that is drawn: part of the addresses of the table and the names."""
+    clusters: list[MapCluster]
+    """The largest first."""

@@ -1,15 +1,24 @@
 """The JSON of what was made on request, and of a contrast."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
+from assets.partitions import STUDIES
 from sae_core.artifacts import ArtifactStore
+from sae_core.atlas import Atlas
+from sae_core.language_model import LanguageModel
+from sae_core.safety.behaviors import build_behaviors, load_behaviors
 from sae_core.serve import create_app
 from sae_core.serve.contrast import MAX_ALL, MAX_PROMPTS
+from sae_core.steering_texts import Subject
 from sae_core.studies import Studies, study_folders
+from sae_core.study import BehaviorSettings
 
 CODE = [f"def f{i}(a, b): return {i}" for i in range(90)]
 PROSE = [f"The bridge crosses river {i}." for i in range(90)]
@@ -47,6 +56,34 @@ def test_what_was_not_made_says_which_command_makes_it(client: TestClient, addre
     assert answer.status_code == 404
     assert "run `mind-atlas " in answer.json()["detail"]
     assert "Audit</a>" not in client.get("/").text
+
+
+def test_each_change_of_a_behavior_is_told_with_its_controls(
+    reported_atlas: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    root = Path(shutil.copytree(reported_atlas, tmp_path / "atlas"))
+    store = ArtifactStore(root)
+    atlas = Atlas.open(store)
+    order = STUDIES.order(atlas.dictionary, "tiny")
+    short = [b.model_copy(update={"items": b.items[:3]}) for b in load_behaviors()]
+    monkeypatch.setattr("sae_core.safety.behaviors.load_behaviors", lambda: short)
+    live = int(np.argmax(atlas.features.table()["max_act"].to_numpy()))
+    candidates = [{"concept": b.concept, "candidates": [{"feature": live}]} for b in short]
+    (tmp_path / "audit.json").write_text(json.dumps(candidates), "utf-8")
+    subject = Subject.of(atlas, LanguageModel.load(order.study.model, precision="float32"))
+    settings = BehaviorSettings(features=1, controls=2)
+    store.make(
+        order.recipe("behaviors", atlas.dictionary),
+        lambda draft: build_behaviors(settings, subject, tmp_path, draft.folder),
+    )
+    client = TestClient(create_app(store, studies=Studies.load(*study_folders())), base_url="http://127.0.0.1")
+    told = client.get("/api/behaviors").json()
+    assert [b["name"] for b in told["behaviors"]] == [b.name for b in short]
+    assert {e["change"] for e in told["effects"] if e["by"] == "feature"} == {"down", "ablated", "up"}
+    shown = client.get("/audit").text
+    (b, *_), up = told["behaviors"], next(e for e in told["effects"] if (e["by"], e["change"]) == ("feature", "up"))
+    assert b["description"] in shown
+    assert f"{up['shift']:+.2f}" in shown
 
 
 def test_a_feature_that_the_report_does_not_show_is_not_found(reported: TestClient):
