@@ -24,6 +24,7 @@ from sae_core.dictionary import Dictionary
 from sae_core.dictionary.transcoder import sides
 from sae_core.language_model import EditFrom, LanguageModel
 from sae_core.names import Hook
+from sae_core.progress import Report, silent
 from sae_core.study import Packing
 
 DENSE = 0.1
@@ -146,6 +147,7 @@ def splice(
     documents: Int[Tensor, "blocks length"],
     is_sink: Bool[Tensor, "blocks length"],
     packing: Packing = "documents",
+    report: Report = silent,
 ) -> Spliced:
     """Run the model clean, spliced, mean-ablated and zero-ablated on the same text.
 
@@ -166,6 +168,7 @@ def splice(
         documents: document of each token, -1 for padding.
         is_sink: the tokens that were left out of training as sinks.
         packing: whether attention restarts at each document.
+        report: progress, in tokens.
     """
     edits: dict[str, EditFrom] = {
         "spliced": lambda x, _: dictionary.decode(dictionary.encode_sparse(x)),
@@ -174,7 +177,7 @@ def splice(
     }
     read = hook, layer
     sums: dict[str, float] = dict.fromkeys(["clean", "kl", *edits], 0.0)
-    n = 0
+    n = done = 0
     for ids, document, replaced in _passes(token_ids, documents, ~is_sink & (documents >= 0)):
         segments = kept_apart(document, packing)
         counted = replaced[:, :-1] & (document[:, 1:] == document[:, :-1])
@@ -188,6 +191,7 @@ def splice(
             sums[name] += float(cross_entropy(edited, targets, reduction="sum"))
             if name == "spliced":
                 sums["kl"] += float(_kl(clean, edited))
+        report(done := done + ids.numel(), token_ids.numel(), "tokens spliced")
     if not n:
         raise ValueError("no held-out prediction to measure on")
     ce = {f"ce_{name}": sums[name] / n for name in ("clean", *edits)}

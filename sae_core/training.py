@@ -102,7 +102,7 @@ def build_dictionary(
         activations: folder of the activations.
         folder: where `dictionary.safetensors` and `config.json` go, and `metrics.parquet` of what is trained.
         device: where to train.
-        report: told of every step.
+        report: told of every step, then of what is measured.
         others: folders of the site's other dictionaries that are to be made next, and their settings. As many as
             memory allows are trained from the same read, and wait there as finished checkpoints.
         previous: folder of the dictionary that this one is to follow, if there is one; `lineage.parquet` then says
@@ -133,9 +133,9 @@ def build_dictionary(
     if previous:
         dictionary = follow(Dictionary.load(previous, device), dictionary, all_kept(source), previous, folder)
     dictionary.save(folder)
-    trained = measure(dictionary, all_kept(source))
-    held_out = measure(dictionary, all_kept(judged))
-    spliced = _splice(dictionary, settings, site, model, corpus, judged, device)
+    trained = measure(dictionary, _told(source, report))
+    held_out = measure(dictionary, _told(judged, report))
+    spliced = _splice(dictionary, settings, site, model, corpus, judged, device, report)
     shape = {"threshold": float(dictionary.threshold.median()), "expansion": dictionary.d_sae / dictionary.d_model}
     return _summary(trained, held_out, spliced) | shape | effort
 
@@ -272,6 +272,15 @@ def all_kept(source: Activations, rows: int = 2048) -> Iterator[Float[Tensor, "b
         yield from shard.acts[~shard.is_sink].split(rows)
 
 
+def _told(source: Activations, report: Report) -> Iterator[Float[Tensor, "batch d_model"]]:
+    """The same, telling how many were taken."""
+    done = 0
+    for x in all_kept(source):
+        yield x
+        done += len(x)
+        report(done, source.n_kept, "tokens measured")
+
+
 def _splice(
     dictionary: Dictionary,
     settings: DictionarySettings,
@@ -280,6 +289,7 @@ def _splice(
     corpus: Path,
     judged: Activations,
     device: str,
+    report: Report,
 ) -> Spliced:
     """The dictionary inside the language model, on the first held-out blocks."""
     blocks = Corpus.open(corpus).held_out
@@ -293,7 +303,7 @@ def _splice(
     language_model = LanguageModel.load(model, device, site.precision)
     return splice(
         language_model, site.hook, site.layer, dictionary, mean.to(device),
-        token_ids.to(device), documents.to(device), is_sink.to(device), site.packing,
+        token_ids.to(device), documents.to(device), is_sink.to(device), site.packing, report,
     )  # fmt: skip
 
 

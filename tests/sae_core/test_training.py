@@ -109,16 +109,19 @@ def test_thresholds_that_come_from_no_rank_are_saved_as_trained(
     assert 0 < summary["fvu"] < 1
 
 
-def test_progress_is_told_in_tokens_to_the_end(parents: dict[str, Any], tmp_path: Path) -> None:
-    told: list[tuple[int, int, str, dict[str, float]]] = []
+def test_progress_is_told_in_tokens_to_the_end_of_each_step(parents: dict[str, Any], tmp_path: Path) -> None:
+    told: dict[tuple[int, str], tuple[int, dict[str, float]]] = {}
 
     def report(done: int, total: int, unit: str, **values: float) -> None:
-        told.append((done, total, unit, values))
+        told[total, unit] = done, values
 
     build_dictionary(SETTINGS, folder=tmp_path, report=report, **parents)
-    assert told[-1][0] == told[-1][1] == 46 * 256
-    assert {unit for _, _, unit, _ in told} == {"tokens"}
-    assert set(told[-1][3]) == {"fvu", "l0", "dead"}
+    assert all(done == total for (total, _), (done, _) in told.items())
+    units = [unit for _, unit in told]
+    assert units == ["tokens", "tokens measured", "tokens measured", "tokens spliced"]
+    kept = [Activations.open(parents["activations"], split).n_kept for split in ("train", "held_out")]
+    assert [total for total, _ in told][:3] == [46 * 256, *kept]
+    assert set(told[46 * 256, "tokens"][1]) == {"fvu", "l0", "dead"}
 
 
 def test_threshold_gives_k_features_a_token_exactly(
