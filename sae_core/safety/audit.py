@@ -208,12 +208,13 @@ class _Ground(NamedTuple):
     window_tokens: int
     read: Callable[[Sequence[Text]], Pooled]
 
-    def evidence(self, best: Sequence[Separating], about: str, shifted: list[Pooled] | None) -> list[Candidate]:
+    def evidence(self, best: Sequence[Separating], concept: Concept, shifted: list[Pooled] | None) -> list[Candidate]:
         """What else is known of the best features."""
-        corpus = share_of_corpus(self.sample, about)
+        about, where = concept.about, concept.where
+        corpus = share_of_corpus(self.sample, about, where)
         return [
             Candidate(
-                s, specificity(self.atlas.features, s.feature, about, corpus), _on(shifted, s),
+                s, specificity(self.atlas.features, s.feature, about, corpus, where), _on(shifted, s),
                 self.steers.get(s.feature, Steers(None, None)),
             )
             for s in best
@@ -245,7 +246,7 @@ def _audit_one(concept: Concept, drawn: Drawn, ground: _Ground) -> tuple[Concept
          for split in SPLITS},
         len(set(groups[0].tolist())), drawn.duplicates,
         int((read(_all(sides)).tokens > ground.window_tokens).sum()), drawn.why_no_claim,
-        ground.evidence(best, concept.about, shifted),
+        ground.evidence(best, concept, shifted),
         _rated((probe.scores(side.raw) for side in test), groups),
         _rated((_by_words(words, side["test"]) for side in sides), groups), random_features(live, test[0], test[1]),
         _rated(probe.scores(side.raw) for side in shifted) if shifted else None,

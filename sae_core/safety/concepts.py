@@ -35,6 +35,7 @@ Generator = Literal[
     "dna", "base64_text", "hexadecimal", "letters", "digits", "citations", "places", "buggy_code", "working_code"
 ]
 Kind = Literal["safety", "calibration"]
+Where = Literal["text", "token"]
 
 
 class ConceptError(MindAtlasError):
@@ -117,6 +118,8 @@ class Concept(Settings):
     description: str
     about: str
     """Regular expression: whether a stretch of the corpus is about the concept. A stand-in for a judge."""
+    where: Where = "text"
+    """What must match it: the `text` around a firing, or the `token` itself, where any text may hold a few such."""
     source: str = ""
     """Where the prompts come from, in words."""
     license: str = ""

@@ -36,7 +36,7 @@ def _meaning(found: ConceptAudit) -> str:
     if own.share is None:
         return "It has no examples on the corpus."
     told = (
-        f"Of its firings on the corpus, about {own.share:.0%} are in text about it, by a pattern of words "
+        f"Of its firings on the corpus, about {own.share:.0%} are about it, by a pattern of words "
         f"({own.corpus:.0%} of the corpus is)"
     )
     if own.is_own:

@@ -62,12 +62,12 @@ class Specificity:
     __pydantic_config__ = DOCUMENTED
 
     share: float | None
-    """Share of its firings that lie in text about the concept; null without examples."""
+    """Share of its firings that are about the concept; null without examples."""
     top: float | None
     """Share of its strongest examples."""
     examples: int
     corpus: float
-    """Share of a sample of the corpus, in stretches as long, that is about the concept."""
+    """Share of a sample of the corpus, in stretches as long or in tokens, that is about the concept."""
 
     @property
     def is_own(self) -> bool:

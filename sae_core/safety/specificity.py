@@ -5,17 +5,18 @@ from collections.abc import Sequence
 
 from sae_core.display import shown_bytes
 from sae_core.features import Features
+from sae_core.safety.concepts import Where
 from sae_core.safety.shapes import Specificity
 
 
-def specificity(features: Features, feature: int, about: str, corpus: float) -> Specificity:
-    """The share of firings whose surroundings (the example's tokens) match the regular expression `about`.
+def specificity(features: Features, feature: int, about: str, corpus: float, where: Where = "text") -> Specificity:
+    """The share of firings that match the regular expression `about`: they, or their surroundings in the example.
 
     Examples drawn at random from an activation level stand for the firings of that level. A pattern sees words and not
     meaning: it misses what is said otherwise, and is fooled by a word that stands beside. `corpus`: `share_of_corpus`.
     """
     examples = features.examples(feature)
-    hits = {id(e): is_about(e.tokens, about) for e in examples}
+    hits = {id(e): is_about(e.tokens if where == "text" else e.tokens[e.peak : e.peak + 1], about) for e in examples}
     top = [hits[id(e)] for e in examples if e.kind == "top"]
     by_level: dict[int, list[bool]] = {}
     for example in examples:
@@ -28,9 +29,10 @@ def specificity(features: Features, feature: int, about: str, corpus: float) -> 
     return Specificity(share, sum(top) / len(top) if top else None, len(examples), corpus)
 
 
-def share_of_corpus(windows: Sequence[Sequence[str]], about: str) -> float:
-    """Share of a sample of the corpus (each window its tokens) that matches."""
-    return sum(is_about(tokens, about) for tokens in windows) / max(len(windows), 1)
+def share_of_corpus(windows: Sequence[Sequence[str]], about: str, where: Where = "text") -> float:
+    """Share of a sample of the corpus (each window its tokens) that matches: of the windows, or of their tokens."""
+    texts = windows if where == "text" else [[token] for tokens in windows for token in tokens]
+    return sum(is_about(tokens, about) for tokens in texts) / max(len(texts), 1)
 
 
 def is_about(tokens: Sequence[str], about: str) -> bool:

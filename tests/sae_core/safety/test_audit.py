@@ -128,6 +128,15 @@ def test_specificity_weighs_each_level_by_its_firings() -> None:
     assert specificity(FEATURES, OWN + 1, "owl", 0.1).share is None
 
 
+def test_where_any_text_may_hold_the_concept_the_token_itself_must_be_of_it() -> None:
+    found = specificity(FEATURES, OWN, "owl", 0.1, "token")  # the first of each: only "owls" is
+    assert found.share == pytest.approx((80 * 0 + 20 * 0.5) / 100)
+    assert found.top == 0
+    assert share_of_corpus(FEATURES.sample().tokens, "owl", "token") == pytest.approx(1 / 20)
+    assert share_of_corpus(FEATURES.sample().tokens, "owl") == pytest.approx(1 / 10)
+    assert one(concept(where="token")).status == "stand-in"
+
+
 def test_a_feature_that_fires_on_a_concept_no_more_than_chance_is_not_its_own() -> None:
     corpus = share_of_corpus(FEATURES.sample().tokens, "owl|mouse")
     assert corpus == 1
