@@ -66,10 +66,10 @@ def build_circuit(
     find, test = (list(network.batches([one.row for one in some])) for some in (asked.find, asked.test))
     mean = means(network, [*find, *test])
     found = nodes(effects(network, find, mean, settings.steps, report))
-    plain = _value(network, test)
-    kept = [n for n in found[: settings.nodes] if abs(n.effect) >= settings.node_threshold * _value(network, find)]
-    weak = settings.edge_threshold * _value(network, find)
-    linked = [e for e in edges(network, find, mean, kept, settings.steps, report) if abs(e.weight) >= weak]
+    plain, whole = _value(network, test), _value(network, find)
+    kept = [n for n in found[: settings.nodes] if abs(n.effect) >= settings.node_threshold * whole]
+    linked = edges(network, find, mean, kept, settings.steps, report)
+    linked = [e for e in linked if abs(e.weight) >= settings.edge_threshold * whole]
     points, ends = curve(network, find, test, found, len(kept), settings.steps, settings.seed, report)
     circuit = _told(settings, slug, task, network, asked, kept, linked, points, ends)
     _write(folder, circuit, found, linked, attribution_graph(circuit, network.lm, asked.find[0].ids))
