@@ -17,18 +17,20 @@ def into(command: Command) -> Command:
 @click.command()
 @click.argument("study", default="quickstart")
 @on_device
+@into
 @as_json
 @click.pass_obj
-def steering_report(debug: bool, study: str, device: str, json_: bool) -> None:
+def steering_report(debug: bool, study: str, device: str, into: Path | None, json_: bool) -> None:
     """What steering with STUDY's features does to texts, measured against four controls."""
     from pipelines.console import print_json
-    from sae_core.steering_report import MARKDOWN, read_report
+    from pipelines.reports import show_report
+    from sae_core.steering_report import read_report
 
-    folder = _make(debug, study, device, "steering_report", {}).folder
+    made = _put(debug, study, device, "steering_report", {}, into)
     if json_:
-        print_json([row._asdict() for row in read_report(folder)])
+        print_json([row._asdict() for row in read_report(made.folder)])
     else:
-        click.echo((folder / MARKDOWN).read_text("utf-8"), nl=False)
+        show_report(made, json_)
 
 
 @click.command()
@@ -73,14 +75,21 @@ def multilingual(debug: bool, study: str, device: str, into: Path | None, json_:
 def _show(
     debug: bool, study: str, device: str, stage: str, changes: dict[str, Any], into: Path | None, json_: bool
 ) -> None:
-    """Make a report, and show it, or put it into a page."""
-    from pipelines.reports import insert, show_report
+    """Make a report, put it into a page if there is one, and show it."""
+    from pipelines.reports import show_report
+
+    show_report(_put(debug, study, device, stage, changes, into), json_)
+
+
+def _put(debug: bool, study: str, device: str, stage: str, changes: dict[str, Any], into: Path | None) -> Any:
+    """Make a report, and put it into a page if there is one."""
+    from pipelines.reports import insert
 
     target = into.absolute() if into else None
     made = _make(debug, study, device, stage, changes)
     if target:
         insert(made, target)
-    show_report(made, json_)
+    return made
 
 
 def _make(debug: bool, study: str, device: str, stage: str, changes: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ sense. The second is how near a text is to the feature's label, by the middle of
 asks nobody. The third is a language model, where one judges the study's labels.
 """
 
-from sae_core.steering_report.build import MARKDOWN, Made, build_steering_report
+from sae_core.steering_report.build import Made, build_steering_report
 from sae_core.steering_report.rows import Row, read_report
 
-__all__ = ["MARKDOWN", "Made", "Row", "build_steering_report", "read_report"]
+__all__ = ["Made", "Row", "build_steering_report", "read_report"]
