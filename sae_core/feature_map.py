@@ -31,6 +31,8 @@ MAP = "map.parquet"
 
 _CLUSTER_DIMENSIONS = 10  # Bricken et al. 2023
 _CLUSTER_MIN_DIST = 0.1  # Bricken et al. 2023
+_MIN_SAMPLES = 3  # neighbors that density is judged by: Bricken et al. 2023, where it is the least size of a cluster
+_LARGEST = 0.75  # of all features: one of more is no group but the rest of them, and is looked into
 
 Neighborhoods = tuple[Int64[np.ndarray, "n neighbors"], Float32[np.ndarray, "n neighbors"]]
 
@@ -101,7 +103,9 @@ def _clusters(points: Float32[np.ndarray, "n dimensions"], min_cluster_size: int
     """HDBSCAN clusters, numbered by size (the first feature decides between equal sizes); -1 is none."""
     if len(points) < min_cluster_size:
         return np.full(len(points), -1)
-    found = HDBSCAN(min_cluster_size=min_cluster_size, copy=False).fit_predict(points.astype(np.float64))
+    largest = max(int(_LARGEST * len(points)), min_cluster_size)
+    hdbscan = HDBSCAN(min_cluster_size, min_samples=_MIN_SAMPLES, max_cluster_size=largest, copy=False)
+    found = hdbscan.fit_predict(points.astype(np.float64))
     ids, first, sizes = np.unique(found[found >= 0], return_index=True, return_counts=True)
     number = np.full(len(ids) + 1, -1)  # the last entry is for those without a cluster
     number[ids[np.lexsort((first, -sizes))]] = np.arange(len(ids))

@@ -24,7 +24,7 @@ from sae_core.settings import Settings
 from sae_core.study import BehaviorSettings, CorpusSettings, DictionarySettings, LabelSettings, ModelSettings, Study
 
 VERSIONS = {
-    "corpus": 1, "activations": 1, "dictionary": 2, "features": 2, "neighbors": 1, "feature_map": 1, "steering": 1,
+    "corpus": 1, "activations": 1, "dictionary": 2, "features": 2, "neighbors": 1, "feature_map": 2, "steering": 1,
     "labels": 6, "atlas": 1,
 }  # fmt: skip
 

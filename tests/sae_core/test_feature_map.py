@@ -52,6 +52,19 @@ def test_planted_groups_become_clusters_numbered_by_size_and_lie_together(build:
     assert (group[distances.argmin(1)] == group).mean() > 0.95
 
 
+def test_a_crowd_and_one_group_apart_are_not_two_clusters(build: Build) -> None:
+    generator = torch.Generator().manual_seed(0)
+    crowd = torch.randn(600, 24, generator=generator)
+    apart = 8 * torch.eye(24)[0] + torch.randn(24, generator=generator) + 0.1 * torch.randn(30, 24, generator=generator)
+    summary, table = build(torch.cat([crowd, apart]))
+    clusters = table["cluster"].to_numpy()
+    assert summary["n_clusters"] > 5
+    assert np.bincount(clusters[clusters >= 0]).max() <= 0.75 * 630
+    (own,) = set(clusters[600:].tolist())
+    assert own >= 0
+    assert (clusters[:600] == own).mean() < 0.05
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_layout(build: Build, tmp_path: Path) -> None:
     rows, _ = grouped_rows([40, 40])
     _, first = build(rows, "first")
