@@ -13,8 +13,9 @@ import hashlib
 import itertools
 import json
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -171,16 +172,18 @@ def measure(
         _effect(behavior.name, None, "none", "nothing", base, base),
         _effect(behavior.name, None, "asked", "words", asked, base),
     ]
-    for number, feature in enumerate(best):
-        for place, (change, share) in enumerate(CHANGES.items()):
-            steer = Steer(feature, share * settings.strength)
-            kinds = with_controls(subject, steer, settings.controls, settings.seed)
-            together = choices.under([condition for conditions in kinds.values() for condition in conditions])
-            parts = together.split([len(conditions) for conditions in kinds.values()])
-            done = dict(zip(kinds, parts, strict=True))
-            effects += _judged(behavior.name, feature, change, done, base)
-            report((2 + number * len(CHANGES) + place + 1) * len(items), total, "choices")
+    for number, (feature, (change, share)) in enumerate(itertools.product(best, CHANGES.items()), 2):
+        steer = Steer(feature, share * settings.strength)
+        kinds = with_controls(subject, steer, settings.controls, settings.seed)
+        conditions = [condition for some in kinds.values() for condition in some]
+        together = choices.under(conditions, partial(_tell, report, number * len(items), total))
+        parts = together.split([len(some) for some in kinds.values()])
+        effects += _judged(behavior.name, feature, change, dict(zip(kinds, parts, strict=True)), base)
     return effects
+
+
+def _tell(report: Report, before: int, total: int, done: int) -> None:
+    report(before + done, total, "choices")
 
 
 def _judged(name: str, feature: int, change: str, done: dict[str, Chosen], base: Chosen) -> list[Effect]:
@@ -241,8 +244,8 @@ class Choices:
         ]
         self._replay = Replay(subject, passages)
 
-    def under(self, conditions: Sequence[Condition]) -> Chosen:
-        """Log-odds of each choice under each condition."""
+    def under(self, conditions: Sequence[Condition], tell: Callable[[int], object] = lambda _: None) -> Chosen:
+        """Log-odds of each choice under each condition; `tell` hears how many choices are done."""
         odds, said = (np.zeros((len(conditions), len(self._choices))) for _ in range(2))
         number = itertools.count()
         for column, (choice, stems) in enumerate(zip(self._choices, self._stems, strict=True)):
@@ -255,6 +258,7 @@ class Choices:
                 of[:, fitting] = shared + logprobs[:, -1, [ways[i][-1] for i in fitting]]
             one, other = (np.logaddexp.reduce(side, axis=1) for side in np.split(of, [len(choice.one)], axis=1))
             odds[:, column], said[:, column] = one - other, np.logaddexp(one, other)
+            tell(column + 1)
         return Chosen(odds, said)
 
     def _logprobs(
