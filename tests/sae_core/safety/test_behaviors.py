@@ -100,6 +100,17 @@ def test_a_planted_feature_goes_up_and_down_and_beyond_its_controls(subject: Sub
     assert found["asked", "words"].as_large is None
 
 
+def test_every_choice_under_every_change_is_told(subject: Subject) -> None:
+    told: list[tuple[int, int, str]] = []
+
+    def report(done: int, total: int, unit: str, **values: float) -> None:
+        told.append((done, total, unit))
+
+    measure(subject, PRONOUNS, PRONOUNS.items, [PLANTED, 0], BehaviorSettings(controls=1), report)
+    total = 5 * (2 + 2 * 3)  # as it is, asked in words, and two features down, ablated and up
+    assert told == [(done, total, "choices") for done in range(11, total + 1)]
+
+
 def test_an_item_that_the_model_does_not_know_does_not_count(subject: Subject) -> None:
     turns = [{"role": "user", "content": "The {job}?"}]
     asked = PRONOUNS.model_copy(update={"turns": turns, "before": turns, "text": ""})
