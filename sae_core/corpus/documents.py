@@ -17,6 +17,7 @@ from sae_core.catalog import fetch_text, find_text, list_files
 from sae_core.catalog_entries import TEXTS
 from sae_core.corpus.parsers import PARSERS, read_members
 from sae_core.errors import MindAtlasError
+from sae_core.made_texts import PLANTED, planted
 from sae_core.progress import Report, silent
 from sae_core.study import Source
 
@@ -70,6 +71,8 @@ def read_documents(source: Source, characters: int, skipped: Skipped, report: Re
         name, texts = found.name, _read_path(found, source.text_field, characters, skipped)
     elif found in TEXTS:
         name, texts = found, _read_catalog(found, report)
+    elif found.startswith(PLANTED):
+        name, texts = found, (("", text) for text in planted(found))
     else:
         name, texts = found, _read_hub(source)
     entry = TEXTS.get(found) if isinstance(found, str) else None

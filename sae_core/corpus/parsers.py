@@ -77,8 +77,8 @@ def wikitext(files: Files) -> Texts:
                 yield html.unescape(title), plain_text(text)
 
 
-def bible(files: Files, edition: str) -> Texts:
-    """The chapters of one edition in an SQLite file."""
+def bible(files: Files, edition: str, upper: bool = False) -> Texts:
+    """The chapters of one edition in an SQLite file; `upper`: in capital letters."""
     query = "SELECT vText, bNumber, cNumber FROM bible WHERE bbName = ? ORDER BY bNumber, cNumber, vNumber"
     for _, content in files:
         connection = sqlite3.connect(":memory:")
@@ -87,7 +87,8 @@ def bible(files: Files, edition: str) -> Texts:
         for verse, book, chapter in connection.execute(query, (edition,)):
             chapters.setdefault((book, chapter), []).append(verse)
         connection.close()
-        yield from (("", " ".join(verses)) for verses in chapters.values())
+        texts = (" ".join(verses) for verses in chapters.values())
+        yield from (("", text.upper() if upper else text) for text in texts)
 
 
 def read_verses(files: Files, editions: Sequence[str]) -> dict[tuple[int, int, int], dict[str, str]]:

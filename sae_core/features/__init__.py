@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sae_core.features.reader import Example as Example
 from sae_core.features.reader import FeatureRow as FeatureRow
 from sae_core.features.reader import Features as Features
+from sae_core.features.reader import Sample as Sample
 
 if TYPE_CHECKING:
     from sae_core.features.build import build_features as build_features

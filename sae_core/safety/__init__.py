@@ -2,7 +2,6 @@
 
 concepts     the catalog of concepts: what each is about, and where its prompts come from
 drawing      prompts from real text, seeded generators and sentences with slots
-generators   text that is easier made than found: DNA, base64, digits, code with a bug
 baselines    a linear probe, a bag of words, random features
 audit        the stage: for each concept its best features, judged on unseen prompts, beside the baselines
 report       the audit in words

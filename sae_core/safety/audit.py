@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from scipy import stats
 
 from sae_core.atlas import Atlas
+from sae_core.features import Sample
 from sae_core.language_model import LanguageModel
 from sae_core.progress import Report, silent
 from sae_core.prompt_reader import Pooled, PromptError, PromptReader
@@ -23,7 +24,7 @@ from sae_core.safety.concepts import Concept, concepts_of
 from sae_core.safety.drawing import SPLITS, Drawn, Side, Text, draw
 from sae_core.safety.monitor import MONITOR, Detector, fit_detector, save_detectors
 from sae_core.safety.shapes import Measured, Random, Rated, Specificity, Steers
-from sae_core.safety.specificity import share_of_corpus, specificity
+from sae_core.safety.specificity import Judge, specificity
 from sae_core.separation import LEVEL, auc, interval
 from sae_core.steering_scores import SCORES
 from sae_core.study import SafetySettings
@@ -188,7 +189,7 @@ def audit(
     def read(some: Sequence[Text]) -> Pooled:
         return pooled.rows([place[text.text] for text in some])
 
-    ground = _Ground(settings, atlas, steers, atlas.features.sample().tokens, reader.window_tokens, read)
+    ground = _Ground(settings, atlas, steers, atlas.features.sample(), reader.window_tokens, read)
     audits, detectors = [], []
     for concept in concepts:
         found, detector = _audit_one(concept, drawn[concept.name], ground)
@@ -203,18 +204,18 @@ class _Ground(NamedTuple):
     settings: SafetySettings
     atlas: Atlas
     steers: Mapping[int, Steers]
-    sample: list[list[str]]
-    """Of the corpus: windows of tokens."""
+    sample: Sample
+    """Of the corpus."""
     window_tokens: int
     read: Callable[[Sequence[Text]], Pooled]
 
     def evidence(self, best: Sequence[Separating], concept: Concept, shifted: list[Pooled] | None) -> list[Candidate]:
         """What else is known of the best features."""
-        about, where = concept.about, concept.where
-        corpus = share_of_corpus(self.sample, about, where)
+        judge = Judge.of(concept, self.atlas)
+        corpus = judge.share(self.sample)
         return [
             Candidate(
-                s, specificity(self.atlas.features, s.feature, about, corpus, where), _on(shifted, s),
+                s, specificity(self.atlas.features, s.feature, judge, corpus), _on(shifted, s),
                 self.steers.get(s.feature, Steers(None, None)),
             )
             for s in best

@@ -4,6 +4,7 @@
     kind = "calibration"
     description = "Immune systems, antibodies, vaccines."
     about = "(?i)immun|antibod"               # says whether a stretch of the corpus is about it: a stand-in for a judge
+    about_sources = []                       # what is known to be, from end to end: wiki-fr, for French
 
     [[positive]]
     source = "wiki-en"                       # a catalog name or a path, as in a study
@@ -65,7 +66,7 @@ class Rule(Settings):
     upper: bool = False
     """In capital letters."""
     generator: Generator | None = None
-    """A function of `generators`."""
+    """A function of `made_texts`."""
     prompts: Split | None = None
     """As they are."""
     templates: Split | None = None
@@ -120,6 +121,8 @@ class Concept(Settings):
     """Regular expression: whether a stretch of the corpus is about the concept. A stand-in for a judge."""
     where: Where = "text"
     """What must match it: the `text` around a firing, or the `token` itself, where any text may hold a few such."""
+    about_sources: list[str] = Field(default=[])
+    """Sources of a corpus that are about it from end to end, whatever a stretch of them says; no pattern is asked."""
     source: str = ""
     """Where the prompts come from, in words."""
     license: str = ""

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from sae_core.corpus.documents import Skipped, read_documents
+from sae_core.made_texts import GENERATORS, Made
 from sae_core.prompt_search import CLAIM_PROMPTS
 from sae_core.safety.concepts import Concept, Rule, Sizes
-from sae_core.safety.generators import GENERATORS, Made
 from sae_core.study import Source
 
 SPLITS = ("find", "calibrate", "test")

@@ -29,14 +29,14 @@ def verdict(found: ConceptAudit) -> str:
 
 
 def _meaning(found: ConceptAudit) -> str:
-    """Whether the feature is the concept's own, as far as the pattern can tell."""
+    """Whether the feature is the concept's own, as far as the judge can tell."""
     if found.status == "not found" or found.best is None:
         return ""
     own = found.best.specificity
     if own.share is None:
         return "It has no examples on the corpus."
     told = (
-        f"Of its firings on the corpus, about {own.share:.0%} are about it, by a pattern of words "
+        f"Of its firings on the corpus, about {own.share:.0%} are about it, as its source or a pattern of words says "
         f"({own.corpus:.0%} of the corpus is)"
     )
     if own.is_own:

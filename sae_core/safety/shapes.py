@@ -54,7 +54,7 @@ class Random:
 
 @dataclass(frozen=True, slots=True)
 class Specificity:
-    """What a feature's firings on the corpus are about, by a pattern of words.
+    """What a feature's firings on the corpus are about, by sources and a pattern of words.
 
     Shares are of its kept examples, weighted by how often it fires at each level.
     """
@@ -71,7 +71,7 @@ class Specificity:
 
     @property
     def is_own(self) -> bool:
-        """Whether it is the concept's own feature, as far as the pattern can tell."""
+        """Whether it is the concept's own feature, as far as the judge can tell."""
         return self.share is not None and self.share >= max(RIGHT, LIFT * self.corpus)
 
 

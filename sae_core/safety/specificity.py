@@ -1,22 +1,57 @@
-"""What share of a feature's firings on the corpus is about a concept; a pattern of words stands in for a judge."""
+"""What share of a feature's firings on the corpus is about a concept; patterns and sources stand in for a judge."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
+from sae_core.atlas import Atlas
 from sae_core.display import shown_bytes
-from sae_core.features import Features
-from sae_core.safety.concepts import Where
+from sae_core.features import Features, Sample
+from sae_core.safety.concepts import Concept, Where
 from sae_core.safety.shapes import Specificity
 
 
-def specificity(features: Features, feature: int, about: str, corpus: float, where: Where = "text") -> Specificity:
-    """The share of firings that match the regular expression `about`: they, or their surroundings in the example.
+class Judge(NamedTuple):
+    """Says what in a corpus is about a concept.
 
-    Examples drawn at random from an activation level stand for the firings of that level. A pattern sees words and not
-    meaning: it misses what is said otherwise, and is fooled by a word that stands beside. `corpus`: `share_of_corpus`.
+    A document of a source that is about it from end to end is. Elsewhere a regular expression decides, which sees
+    words and not meaning: it misses what is said otherwise, and is fooled by a word that stands beside.
+    """
+
+    about: str
+    where: Where = "text"
+    """What must match: a stretch of text, or a token of it."""
+    documents: frozenset[int] = frozenset()
+    """Those that are about it from end to end."""
+
+    @classmethod
+    def of(cls, concept: Concept, atlas: Atlas) -> "Judge":
+        """The judge of a concept in an atlas's corpus."""
+        return cls(concept.about, concept.where, frozenset(atlas.documents_of(concept.about_sources)))
+
+    def at(self, document: int, tokens: Sequence[str], peak: int) -> bool:
+        """Whether a firing on the token `peak` of a stretch of text is about the concept."""
+        return document in self.documents or is_about(
+            tokens if self.where == "text" else tokens[peak : peak + 1], self.about
+        )
+
+    def share(self, sample: Sample) -> float:
+        """Share of a sample of the corpus that is about it: of its windows, or of their tokens."""
+        found = [
+            self.at(document, tokens, place)
+            for document, tokens in zip(sample.documents, sample.tokens, strict=True)
+            for place in (range(len(tokens)) if self.where == "token" else (0,))
+        ]
+        return sum(found) / max(len(found), 1)
+
+
+def specificity(features: Features, feature: int, judge: Judge, corpus: float) -> Specificity:
+    """The share of its firings that are about what the judge knows; `corpus`: the share of all text, `Judge.share`.
+
+    Examples drawn at random from an activation level stand for the firings of that level.
     """
     examples = features.examples(feature)
-    hits = {id(e): is_about(e.tokens if where == "text" else e.tokens[e.peak : e.peak + 1], about) for e in examples}
+    hits = {id(e): judge.at(e.document, e.tokens, e.peak) for e in examples}
     top = [hits[id(e)] for e in examples if e.kind == "top"]
     by_level: dict[int, list[bool]] = {}
     for example in examples:
@@ -29,13 +64,7 @@ def specificity(features: Features, feature: int, about: str, corpus: float, whe
     return Specificity(share, sum(top) / len(top) if top else None, len(examples), corpus)
 
 
-def share_of_corpus(windows: Sequence[Sequence[str]], about: str, where: Where = "text") -> float:
-    """Share of a sample of the corpus (each window its tokens) that matches: of the windows, or of their tokens."""
-    texts = windows if where == "text" else [[token] for tokens in windows for token in tokens]
-    return sum(is_about(tokens, about) for tokens in texts) / max(len(texts), 1)
-
-
-def is_about(tokens: Sequence[str], about: str) -> bool:
+def is_about(tokens: Iterable[str], about: str) -> bool:
     """Whether the text of the tokens, as they are displayed, matches."""
     text = b"".join(map(shown_bytes, tokens)).decode("utf-8", "replace")
     return re.search(about, text, re.DOTALL) is not None

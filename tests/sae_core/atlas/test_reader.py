@@ -275,6 +275,26 @@ def test_an_atlas_without_later_stages_can_be_read(tmp_path: Path) -> None:
     assert features(atlas, "bridge") == [0]
 
 
+def test_documents_are_found_by_where_they_come_from(tmp_path: Path) -> None:
+    def write_corpus(folder: Path) -> dict[str, Any]:
+        about = {
+            "source": ["wiki-fr", "made:dna", "wiki-fr"],
+            "text": ["a", "b", "c"],
+            "title": [""] * 3,
+            "language": ["fr", "", "fr"],
+        }
+        write(folder, "documents.parquet", {"document": [0, 1, 2]} | about)
+        return {}
+
+    store = ArtifactStore(tmp_path)
+    store.make(Recipe("corpus", "mini", 1, {}), lambda draft: write_corpus(draft.folder))
+    make(store, "features")
+    atlas = Atlas.open(store, SLUG)
+    assert atlas.documents_of(["wiki-fr", "wiki-es"]) == [0, 2]
+    assert atlas.documents_of([]) == []
+    assert atlas.documents([1, 5]) == {1: {"source": "made:dna", "title": "", "language": ""}}
+
+
 def test_without_a_name_the_dictionary_finished_last_is_meant(
     store: ArtifactStore, atlas: Atlas, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,10 +3,12 @@ import json
 import sys
 import tracemalloc
 import zipfile
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +18,7 @@ from sae_core.catalog_entries import TEXTS, Archive, TextEntry
 from sae_core.corpus import CorpusError, documents
 from sae_core.corpus.documents import Document, Skipped, read_documents
 from sae_core.errors import MindAtlasError
+from sae_core.made_texts import dna
 from sae_core.study import Source
 
 
@@ -141,6 +144,19 @@ def test_a_catalog_entry_brings_title_language_kind_and_license(
     monkeypatch.setitem(TEXTS, "story", TextEntry(pinned, "*.json", "summaries", "en", "fiction", "MIT"))
     found = list(read_documents(Source(source="story", kind="tale"), 100, Skipped()))
     assert found == [Document("Dune\nSand.", "Dune", "story", "en", "tale", "MIT")]
+
+
+def test_planted_text_is_made_and_never_a_text_that_a_prompt_may_be() -> None:
+    source = Source(source="made:dna", license="CC0")
+    found = list(read_documents(source, 100_000, Skipped()))
+    assert len({document.text for document in found}) == 1000
+    assert all(set(document.text) == set("ACGT\n") for document in found)
+    assert found[0]._replace(text="") == Document("", "", "made:dna", "", "", "CC0")
+    assert found == list(read_documents(source, 100_000, Skipped()))
+    prompts = {text for _, text in islice(dna(np.random.default_rng(0)), 10_000)}
+    assert not prompts & {line for document in found for line in document.text.split("\n")}
+    with pytest.raises(MindAtlasError, match="made:dna"):
+        read_documents(Source(source="made:rna"), 100, Skipped())
 
 
 def test_an_unknown_source_is_refused_before_anything_is_read() -> None:

@@ -90,6 +90,7 @@ def test_a_bible_gives_the_chapters_of_one_edition_in_order(tmp_path: Path) -> N
     connection.close()
     content = (tmp_path / "bible.db").read_bytes()
     assert parse("bible", content, edition="k") == [("", "one two"), ("", "three")]
+    assert parse("bible", content, edition="k", upper=True) == [("", "ONE TWO"), ("", "THREE")]
 
 
 def test_files_become_documents() -> None:

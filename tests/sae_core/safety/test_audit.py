@@ -1,4 +1,5 @@
 import json
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 from scipy import sparse
 
 from sae_core.atlas import Atlas
-from sae_core.features import Example, Features
+from sae_core.features import Example, Features, Sample
 from sae_core.language_model import LanguageModel
 from sae_core.prompt_reader import Pooled, PromptReader
 from sae_core.safety.audit import ConceptAudit, audit, build_audit, is_rated, lost_concepts
@@ -20,7 +21,7 @@ from sae_core.safety.concepts import Concept, load_concepts
 from sae_core.safety.monitor import load_detectors
 from sae_core.safety.report import markdown, verdict
 from sae_core.safety.shapes import Measured, Random, Steers
-from sae_core.safety.specificity import is_about, share_of_corpus, specificity
+from sae_core.safety.specificity import Judge, is_about, specificity
 from sae_core.study import SafetySettings
 
 D_SAE, OWN = 30, 4
@@ -47,12 +48,12 @@ def pool(texts: list[str], report: Any = None) -> Pooled:
     return Pooled(matrix, matrix, raw.astype(np.float32), np.full(len(texts), 3), 0)
 
 
-def example(kind: str, level: int, text: str) -> Example:
-    return Example(OWN, level, kind, 1.0, 0, 0, 0, text.split(" "), [1.0])
+def example(kind: str, level: int, text: str, document: int = 0) -> Example:
+    return Example(OWN, level, kind, 1.0, document, 0, 0, text.split(" "), [1.0])
 
 
 EXAMPLES = [
-    example("top", 5, "an owl"), example("top", 5, "a mouse"), example("level", 1, "a mouse"),
+    example("top", 5, "an owl"), example("top", 5, "a mouse"), example("level", 1, "a mouse", document=7),
     example("level", 1, "an owl"), example("level", 2, "an owl"), example("level", 2, "owls"),
 ]  # fmt: skip
 
@@ -67,7 +68,10 @@ class OwnFeatures(Features):
         return SimpleNamespace(histogram=[60, 20, 10, 10])
 
     def sample(self) -> Any:
-        return SimpleNamespace(tokens=[["an", " owl"], *[["a", " mouse"]] * 9])
+        return Sample(
+            pa.table({"tokens": [["an", " owl"], *[["a", " mouse"]] * 9], "document": list(range(10))}),
+            pa.table({name: pa.array([], pa.int64()) for name in ("feature", "window", "place", "value")}),
+        )
 
 
 class OwnAtlas(Atlas):
@@ -79,6 +83,9 @@ class OwnAtlas(Atlas):
 
     def beats_control(self, feature: int) -> bool | None:
         return feature % 2 == 0
+
+    def documents_of(self, sources: Collection[str]) -> list[int]:
+        return [7] if "an owl's diary" in sources else []
 
 
 class Reader(PromptReader):
@@ -121,26 +128,38 @@ def test_a_planted_concept_is_found_and_held_against_the_baselines() -> None:
 
 
 def test_specificity_weighs_each_level_by_its_firings() -> None:
-    found = specificity(FEATURES, OWN, "owl", 0.1)
+    found = specificity(FEATURES, OWN, Judge("owl"), 0.1)
     assert found.share == pytest.approx((80 * 0.5 + 20 * 1.0) / 100)
     assert found.top == 0.5
     assert found.is_own
-    assert specificity(FEATURES, OWN + 1, "owl", 0.1).share is None
+    assert specificity(FEATURES, OWN + 1, Judge("owl"), 0.1).share is None
 
 
 def test_where_any_text_may_hold_the_concept_the_token_itself_must_be_of_it() -> None:
-    found = specificity(FEATURES, OWN, "owl", 0.1, "token")  # the first of each: only "owls" is
+    found = specificity(FEATURES, OWN, Judge("owl", "token"), 0.1)  # the first of each: only "owls" is
     assert found.share == pytest.approx((80 * 0 + 20 * 0.5) / 100)
     assert found.top == 0
-    assert share_of_corpus(FEATURES.sample().tokens, "owl", "token") == pytest.approx(1 / 20)
-    assert share_of_corpus(FEATURES.sample().tokens, "owl") == pytest.approx(1 / 10)
+    assert Judge("owl", "token").share(FEATURES.sample()) == pytest.approx(1 / 20)
+    assert Judge("owl").share(FEATURES.sample()) == pytest.approx(1 / 10)
     assert one(concept(where="token")).status == "stand-in"
 
 
+@pytest.mark.parametrize("where", ["text", "token"])
+def test_what_comes_from_a_source_that_is_about_the_concept_is_about_it_whatever_it_says(where: Any) -> None:
+    told = concept(where=where, about_sources=["an owl's diary", "a source that this corpus lacks"])
+    judge = Judge.of(told, ATLAS)
+    assert specificity(FEATURES, OWN, judge, 0.0).share == pytest.approx(
+        80 * {"text": 1, "token": 0.5}[where] / 100 + 0.2 * {"text": 1, "token": 0.5}[where]
+    )
+    assert judge.share(FEATURES.sample()) == pytest.approx({"text": 2 / 10, "token": 3 / 20}[where])
+    assert Judge.of(concept(), ATLAS).documents == frozenset()
+
+
 def test_a_feature_that_fires_on_a_concept_no_more_than_chance_is_not_its_own() -> None:
-    corpus = share_of_corpus(FEATURES.sample().tokens, "owl|mouse")
+    judge = Judge("owl|mouse")
+    corpus = judge.share(FEATURES.sample())
     assert corpus == 1
-    found = specificity(FEATURES, OWN, "owl|mouse", corpus)
+    found = specificity(FEATURES, OWN, judge, corpus)
     assert found.share == 1
     assert not found.is_own
     assert "hardly more than anywhere" in verdict(one(concept(about="owl|mouse")))

@@ -1,11 +1,12 @@
 """Text that is easier made than found. Each generator yields an endless stream of (group, text) from a seed.
 
-Texts of one group say nearly the same, so statistics count the group, not the text.
+Texts of one group say nearly the same, so statistics count the group, not the text. A study plants such text in its
+corpus by the source `made:` and a generator's name.
 """
 
 import base64
 from collections.abc import Callable, Iterator
-from itertools import count
+from itertools import count, islice
 
 import numpy as np
 
@@ -114,3 +115,13 @@ GENERATORS: dict[str, Callable[[np.random.Generator], Made]] = {
     maker.__name__: maker
     for maker in (dna, base64_text, hexadecimal, letters, digits, citations, places, buggy_code, working_code)
 }
+"""By name."""
+PLANTED = "made:"
+"""What the name of a corpus source begins with that a generator fills."""
+_SEED, _DOCUMENTS, _LINES = 1, 1000, 8
+
+
+def planted(source: str) -> Iterator[str]:
+    """A thousand documents of eight texts each, from another seed than that of any prompt. `source`: `made:dna`."""
+    stream = (text for _, text in GENERATORS[source.removeprefix(PLANTED)](np.random.default_rng(_SEED)))
+    return ("\n".join(islice(stream, _LINES)) for _ in range(_DOCUMENTS))
