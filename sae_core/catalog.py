@@ -26,7 +26,6 @@ from sae_core.study import ModelSettings, Source
 
 _MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+(?<!\.gguf)")
 _DATASET_ID = re.compile(r"hf:[\w.-]+(/[\w.-]+)?")
-_KNOWN_TEXTS = {*TEXTS, *(f"{PLANTED}{name}" for name in GENERATORS)}
 
 
 class FoundModel(NamedTuple):
@@ -98,7 +97,8 @@ def find_model(settings: ModelSettings, report: Report = silent) -> FoundModel:
 
 def find_text(source: Source) -> Path | str:
     """An existing path, a name in `TEXTS`, `made:` and a generator, or `hf:` and a data set. Raises CatalogError."""
-    found = _sort("corpus.sources", source.source, _KNOWN_TEXTS, _DATASET_ID)
+    named = {*TEXTS, *(f"{PLANTED}{name}" for name in GENERATORS)}
+    found = _sort("corpus.sources", source.source, named, _DATASET_ID)
     if isinstance(found, Path) and not next(list_files(found), None):
         raise CatalogError(f"corpus.sources: {found} holds no file: put text files into it, or name another folder")
     return found
