@@ -58,7 +58,7 @@ def identify_text(source: Source) -> str:
     """What the text is, wherever it lies: a name or nothing, with `sha256:...`; or `hf:<id>@<revision>`.
 
     Raises:
-        CatalogError: the source is neither in the catalog, nor a path to files, nor `hf:` and a `datasets` id.
+        CatalogError: the source is no name that is known, no path to files, and not `hf:` and a `datasets` id.
     """
     found = find_text(source)
     if isinstance(found, Path):

@@ -122,7 +122,8 @@ class Concept(Settings):
     where: Where = "text"
     """What must match it: the `text` around a firing, or the `token` itself, where any text may hold a few such."""
     about_sources: list[str] = Field(default=[])
-    """Sources of a corpus that are about it from end to end, whatever a stretch of them says; no pattern is asked."""
+    """Sources that are about it from end to end, by the names that a corpus's documents have: no pattern is asked of
+    their text. One that a corpus lacks says nothing."""
     source: str = ""
     """Where the prompts come from, in words."""
     license: str = ""
