@@ -56,7 +56,7 @@ class LabelsRun(launchpad(LabelSettings)):  # type: ignore[misc]
 def labels(context: dg.AssetExecutionContext, config: LabelsRun, workshop: Workshop) -> dg.MaterializeResult:
     """Labels through any OpenAI-compatible endpoint, or a local llama.cpp server; a lexical label for every feature."""
     from sae_core.labels import build_labels
-    from sae_core.labels.scoring.items import Ground
+    from sae_core.labels.build import Ground
 
     def build(order: Order, draft: Draft, report: Report) -> dict[str, Any]:
         features, key = draft.parents["features"].folder, workshop.api_key or None

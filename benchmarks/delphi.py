@@ -44,7 +44,7 @@ from sae_core.labels.endpoint import label_writer  # noqa: E402
 from sae_core.labels.labeler import Labeler  # noqa: E402
 from sae_core.labels.lexical import lexical_label  # noqa: E402
 from sae_core.labels.reader import LabelRow  # noqa: E402
-from sae_core.labels.scoring.items import Ground, Item, Names, Trial  # noqa: E402
+from sae_core.labels.scoring.items import Item, Names, Trial  # noqa: E402
 from sae_core.labels.scoring.judge import ask, questions, read  # noqa: E402
 from sae_core.labels.scoring.metrics import accuracy_pairs  # noqa: E402
 from sae_core.labels.scoring.nearest import Texts  # noqa: E402
@@ -188,8 +188,8 @@ def trials_without_model(features: Features, neighbors: Path, chosen: Iterable[i
         def nearest(self, examples: Sequence[Example]) -> Iterable[int]:
             return ()
 
-    settings, ground = LabelSettings(score_examples=JUDGED), Ground(ModelSettings(source="none"), neighbors)
-    scorer = Scorer(settings, features, ground, NoTexts(ground.model, features))
+    settings = LabelSettings(score_examples=JUDGED)
+    scorer = Scorer(settings, features, neighbors, NoTexts(settings.embedder, features))
     return scorer.trials([LabelRow(i, "lexical", "written", LABEL) for i in chosen], [], silent)
 
 
@@ -395,7 +395,6 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=12)
     parser.add_argument("--folder", type=Path, help="of --compare's results: what is there is not done again")
     parser.add_argument("--minutes", type=float, default=math.inf, help="after so many, --compare begins nothing more")
-    parser.add_argument("--studied", default="smollm2-135m-instruct", help="the model under study")
     parser.add_argument("--model", default=LabelSettings().model)
     parser.add_argument("--base-url", default="")
     options = parser.parse_args()
@@ -416,7 +415,7 @@ def main() -> None:
     made = store.get("features", slug).manifest.fingerprint
     of = hashlib.sha256(f"{settings.model_dump_json(exclude={'features'})} {made} {prompts.VERSION}".encode())
     file = options.folder / f"results-{of.hexdigest()[:8]}.jsonl"  # other settings, other results
-    scorer = Scorer(settings, features, Ground(ModelSettings(source=options.studied), neighbors))
+    scorer = Scorer(settings, features, neighbors)
     chosen = choose_features(features.table(), options.compare)
     key = os.environ.get("OPENAI_API_KEY") or "none"
     at_once = settings.concurrency if options.base_url else 1

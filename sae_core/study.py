@@ -375,6 +375,9 @@ class LabelSettings(Settings):
     scorers: list[Scorer] = Field(["embedding", "detection", "fuzzing"])
     """How labels are scored, on examples from other documents than those shown; all but embedding ask `model`.
     Specificity (0 to 3) and simulation (Pearson; wants log-probabilities, and many tokens) are made when named here."""
+    embedder: str = "all-minilm-l6-v2"
+    """The sentence-embedding model that says how alike a label and a text are, and finds the texts that read most like
+    those in which a feature fires: a catalog name, a folder, or an id on the hub."""
     score_examples: int = Field(12, ge=2)
     """Texts in which the feature fires, of which a label is scored on at most so many, and as many in which it does
     not. Paulo et al. 2024 take 100, which wants `features.level_examples` of 20 or more."""

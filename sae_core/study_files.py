@@ -77,7 +77,8 @@ def _resolve_paths(table: dict[str, Any], folder: Path) -> dict[str, Any]:
     if "model" in table:
         table["model"] = with_source(table["model"])
     if "labels" in table:
-        table["labels"] = {key: resolve(v) if key == "model" else v for key, v in table["labels"].items()}
+        paths = {key: resolve(table["labels"][key]) for key in ("model", "embedder") if key in table["labels"]}
+        table["labels"] = {**table["labels"], **paths}
     if concepts := table.get("safety", {}).get("folder"):
         table["safety"] = {**table["safety"], "folder": resolve(concepts)}
     if tasks := table.get("circuits", {}).get("folder"):

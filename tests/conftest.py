@@ -19,7 +19,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that spin as they wait stal
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SENTENCES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -62,6 +62,7 @@ evaluation_tokens = 512
 min_cluster_size = 3
 [labels]
 features = 0
+embedder = "../models/tiny-embedder"
 [checks]
 fvu_max = 1.0
 dead_max = 1.0
@@ -157,6 +158,24 @@ def tiny_model() -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_embedder() -> Path:
+    """Folder of a random BERT (d_model 32) that embeds texts without knowing anything of them."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
+
+    folder, bert = HOME / "models" / "tiny-embedder", HOME / "models" / "tiny-bert"
+    _tokenizer().save_pretrained(bert)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=128, initializer_range=0.2,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(bert)
+    SentenceTransformer(modules=[Transformer(str(bert)), Pooling(32)], device="cpu").save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def text_folder() -> Path:
     """Folder of sixty small text files in four languages and Python."""
     folder = HOME / "text"
@@ -168,7 +187,7 @@ def text_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_study(tiny_model: Path, text_folder: Path) -> Path:
+def tiny_study(tiny_model: Path, tiny_embedder: Path, text_folder: Path) -> Path:
     """The study file of the tiny model; its name, and its corpus's, is `tiny`."""
     return HOME / "studies" / "tiny.toml"
 

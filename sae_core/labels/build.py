@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,9 +25,9 @@ from sae_core.labels.labeler import Labeler, Outcome
 from sae_core.labels.labelers import Earlier, keep_earlier
 from sae_core.labels.lexical import lexical_label
 from sae_core.labels.reader import ATTEMPTS, LABELS, SCHEMA, LabelError, LabelRow, Labels
-from sae_core.labels.scoring.items import Ground, Scored
+from sae_core.labels.scoring.items import Scored
 from sae_core.progress import Report, silent
-from sae_core.study import LabelSettings
+from sae_core.study import LabelSettings, ModelSettings
 
 if TYPE_CHECKING:
     from sae_core.labels.scoring.nearest import Texts  # brings torch
@@ -37,6 +37,15 @@ MIN_FIRED = 20
 MAX_DENSITY = 0.01
 """Features that fire on a larger share of the tokens are asked about last: they are punctuation, or no one thing."""
 _SHOWN = 10  # labels in the summary
+
+
+class Ground(NamedTuple):
+    """What labels are scored with and found by, besides features."""
+
+    model: ModelSettings
+    """The language model under study, whose token vectors say what names mean."""
+    neighbors: Path
+    """Folder of the finished neighbors."""
 
 
 def build_labels(
@@ -57,7 +66,7 @@ def build_labels(
         api_key: the endpoint's key; default: OPENAI_API_KEY from the environment. It is kept nowhere.
         only: features to ask about, in place of those that the settings choose; with `finished`.
         finished: folder of finished labels, from which the rows of all other features are taken.
-        ground: what labels are scored with, and `settings.contrast` is found with; without it neither is done.
+        ground: what labels are scored with and found by; without it neither is done, and no contrast is shown.
         previous: the generation before, whose labels of kept features are taken over: scored again, and asked for
             again only when one that beat its control does so no longer.
         earlier: labels of the same features, whose labelers' tables are kept (see `labelers`).
@@ -72,6 +81,7 @@ def build_labels(
     Raises:
         LabelError: there is no label writer, it refuses the key, it does not know the model, or it stopped answering;
             a feature in `only` is not there or dead; there is a limit in dollars, but no price.
+        ModelError, CatalogError: the sentence-embedding model cannot be loaded, or not be found.
         ArtifactError: the disk is full.
     """
     source = Features.open(features)
@@ -89,7 +99,7 @@ def build_labels(
     if chosen:
         key = api_key or os.environ.get("OPENAI_API_KEY") or "none"  # many servers want none; one that does says so
         with recorder(folder / ATTEMPTS) as record, label_writer(settings, key, report) as client:
-            labeler = Labeler(client, source, settings, record, _texts(settings, source, ground))
+            labeler = Labeler(client, source, settings, record, _texts(settings, source, ground, report))
             at_once = settings.concurrency if settings.base_url else 1
             for row in carried:
                 record({"feature": row.feature, "carried": row.label, "made_at": row.made_at})
@@ -111,13 +121,13 @@ def build_labels(
     return _summary(source, settings, rows) | summary | {"n_carried": len(carried)}
 
 
-def _texts(settings: LabelSettings, source: Features, ground: Ground | None) -> "Texts | None":
+def _texts(settings: LabelSettings, source: Features, ground: Ground | None, report: Report) -> "Texts | None":
     """The sample of the corpus, where it is searched: for contrast or for scores."""
     if ground is None or not (settings.contrast or settings.scorers):
         return None
     from sae_core.labels.scoring.nearest import Texts
 
-    return Texts(ground.model, source)
+    return Texts(settings.embedder, source, report)
 
 
 def choose_features(table: pa.Table, count: int) -> list[int]:
@@ -203,7 +213,9 @@ async def _score(
     from sae_core.labels.scoring.score import score_labels  # brings torch
 
     client, source, settings, record = labeler.client, labeler.features, labeler.settings, labeler.record
-    return await score_labels(client, rows, others, source, settings, ground, record, at_once, report, labeler.texts)
+    return await score_labels(
+        client, rows, others, source, settings, ground.neighbors, record, at_once, report, labeler.texts
+    )
 
 
 def asked_all(outcomes: Sequence[Outcome], source: Features, settings: LabelSettings) -> list[LabelRow]:

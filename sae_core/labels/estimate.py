@@ -13,7 +13,7 @@ from sae_core.labels.labeler import Labeler
 from sae_core.labels.prices import Usage
 from sae_core.labels.prompts import Message
 from sae_core.progress import silent
-from sae_core.study import LabelSettings, ModelSettings
+from sae_core.study import LabelSettings
 
 if TYPE_CHECKING:
     from sae_core.labels.scoring.nearest import Texts  # brings torch
@@ -22,7 +22,6 @@ BYTES_PER_TOKEN = 3.3
 """Of a prompt, chat template included: 2,070 bytes a feature are 630 tokens to Qwen 2.5 on `quickstart`."""
 _ANSWER = '{{"label": "names of the week {}", "description": "Weekdays.", "kind": "input", "confidence": 0.9}}'
 _ANSWER_TOKENS = 40  # what the label writers tried so far take on average
-_NO_MODEL = ModelSettings(source="none")
 _JUDGED_SHARE = 0.3  # of the bound of a judge's answer: one that lists half of the texts
 
 
@@ -63,11 +62,10 @@ class Rehearsal(ChatClient):
 
 async def _rehearse(rehearsal: Rehearsal, source: Features, chosen: Sequence[int], settings: LabelSettings) -> None:
     """Ask all that would be asked; texts are of the right number, and any in place of the nearest ones."""
-    texts = _any_texts(source) if settings.contrast else None
+    texts = _any_texts(settings, source) if settings.contrast else None
     outcomes = await Labeler(rehearsal, source, settings, _forget, texts).label_all(chosen, 1, silent)
     if not (n_judged := settings.judged_of(len(outcomes))):
         return
-    from sae_core.labels.scoring.items import Ground
     from sae_core.labels.scoring.judge import Judge
     from sae_core.labels.scoring.score import Scorer, tasks_of
 
@@ -75,12 +73,12 @@ async def _rehearse(rehearsal: Rehearsal, source: Features, chosen: Sequence[int
         def neighbors(self, feature: int) -> list[int]:
             return []
 
-    scorer = Sketch(settings, source, Ground(_NO_MODEL, Path()), texts or _any_texts(source))
+    scorer = Sketch(settings, source, Path(), texts or _any_texts(settings, source))
     trials = scorer.trials(asked_all(outcomes, source, settings), [], silent)
     await Judge(rehearsal, _forget).judge_all(trials[:n_judged], tasks_of(settings), 1, silent)
 
 
-def _any_texts(source: Features) -> "Texts":
+def _any_texts(settings: LabelSettings, source: Features) -> "Texts":
     """The sample, of which any window passes for the nearest: no model is loaded."""
     from sae_core.labels.scoring.nearest import Texts
 
@@ -88,7 +86,7 @@ def _any_texts(source: Features) -> "Texts":
         def nearest(self, examples: Sequence[Example]) -> Iterable[int]:
             return range(len(self.sample.tokens))
 
-    return AnyTexts(_NO_MODEL, source)
+    return AnyTexts(settings.embedder, source)
 
 
 def _forget(attempt: dict[str, Any]) -> None:

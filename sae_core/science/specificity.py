@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from sae_core.features import build_features
 from sae_core.labels import Labels, build_labels
-from sae_core.labels.scoring.items import Ground
+from sae_core.labels.build import Ground
 from sae_core.neighbors import build_neighbors
 from sae_core.progress import Report, silent
 from sae_core.study import FeatureSettings, LabelSettings, ModelSettings, NeighborSettings

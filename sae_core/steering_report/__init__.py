@@ -5,7 +5,7 @@ it is, a random direction as far as the feature goes, another feature, and words
 
 Three judges. The lexical one is the share of a text's tokens that are words of the feature's own, those that its
 direction promotes and those that it often fires on, when they are rare in the corpus: it knows no synonyms, and no
-sense. The second is how near a text is to the feature's label, by the middle of the model under study: weak, but it
+sense. The second is how near a text is to the feature's label, by a sentence-embedding model: weak, but it
 asks nobody. The third is a language model, where one judges the study's labels.
 """
 

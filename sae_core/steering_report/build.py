@@ -14,6 +14,7 @@ from sae_core.artifacts import write_atomically
 from sae_core.corpus import Corpus
 from sae_core.labels.asker import ask_all, recorder
 from sae_core.labels.endpoint import label_writer
+from sae_core.labels.scoring.embedding import Embedder
 from sae_core.progress import Report, silent
 from sae_core.steering_levers import levers
 from sae_core.steering_report.choosing import CHOICES, CHOICES_SCHEMA, Choice, choose
@@ -56,7 +57,7 @@ def build_steering_report(
         subject: the model and the dictionary.
         made: what else is read.
         packing: whether attention restarts at each document of the corpus.
-        judge: who judges labels, and with what budget.
+        judge: who judges labels, and with what budget; and what says how near a text is to a label.
         api_key: the judge's key; default: OPENAI_API_KEY from the environment. It is kept nowhere.
         folder: where to write.
         report: progress, in candidates, texts, features and judged texts.
@@ -68,11 +69,13 @@ def build_steering_report(
 
     Raises:
         LabelError: a judge is configured that cannot be asked.
+        ModelError, CatalogError: the sentence-embedding model cannot be loaded, or not be found.
     """
     text = Corpus.open(made.corpus).train.token_ids
     choices = choose(subject, made.scores, made.labels, subject.word_rates(text), settings, report)
     chosen = [choice for choice in choices if choice.chosen]
-    cases, embedder = measure(subject, chosen, text, settings, report) if chosen else ([], None)
+    embedder = Embedder(judge.embedder, report) if chosen else None
+    cases = measure(subject, chosen, embedder, settings, report) if embedder else []
     graded, stopped = _graded(cases, judge, len(chosen), api_key, folder, report)
     told = [*rows(subject, cases, embedder, graded)] if embedder else []
     features = [choice.candidate.feature for choice in chosen]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from sae_core.generation import read_prompt
@@ -41,8 +41,6 @@ REPORTING = (
 )  # fmt: skip
 _NAMED = 3
 """Words by which the prompt-only control names the concept."""
-_WINDOWS, _WIDTH = 128, 32
-"""Windows of the corpus that say where the middle of all texts is, and their tokens."""
 
 
 class Told(NamedTuple):
@@ -50,7 +48,7 @@ class Told(NamedTuple):
 
     text: Text
     measures: Measures
-    embedded: Float[np.ndarray, " d_model"]
+    embedded: Float[np.ndarray, " width"]
     said: str
 
 
@@ -73,10 +71,9 @@ class Case(NamedTuple):
 
 
 def measure(
-    subject: Subject, chosen: Sequence[Choice], corpus: Int[np.ndarray, "blocks length"],
-    settings: SteeringReportSettings, report: Report,
-) -> tuple[list[Case], Embedder]:  # fmt: skip
-    """The chosen features at their strengths, and their controls; and what embeds labels as these texts were."""
+    subject: Subject, chosen: Sequence[Choice], embedder: Embedder, settings: SteeringReportSettings, report: Report
+) -> list[Case]:
+    """The chosen features at their strengths, and their controls."""
     s = settings
     watched = [tuple(word_ids(subject, choice.candidate.words)) for choice in chosen]
     kinds: list[tuple[int, str]] = []
@@ -88,7 +85,6 @@ def measure(
     texts = _written(subject, conditions[:1], s.seeds + s.base_seeds, s, report)
     texts += [t._replace(condition=t.condition + 1) for t in _written(subject, conditions[1:], s.seeds, s, report)]
     strings = [subject.lm.tokenizer.decode(text.ids, skip_special_tokens=True) for text in texts]
-    embedder = open_embedder(subject, corpus)
     told: dict[int, list[Told]] = {}
     for one in map(Told, texts, measure_texts(subject, texts), embedder.texts(strings), strings):
         told.setdefault(one.text.condition, []).append(one)
@@ -99,7 +95,7 @@ def measure(
         if kind == "steered":
             cases.append(Case(of, "base", None, told[0], told[0], number, kl[0]))
         cases.append(Case(of, kind, strength, told[place], told[0], number, kl[place]))
-    return cases, embedder
+    return cases
 
 
 def _against(subject: Subject, choice: Choice, seed: int) -> dict[str, Condition]:
@@ -115,12 +111,6 @@ def _written(
     subject: Subject, conditions: Sequence[Condition], seeds: int, s: SteeringReportSettings, report: Report
 ) -> list[Text]:
     return write_texts(subject, REPORTING, conditions, seeds, s.max_tokens, s.temperature, s.seed, report)
-
-
-def open_embedder(subject: Subject, corpus: Int[np.ndarray, "blocks length"]) -> Embedder:
-    """Embeds texts and labels, seen from the middle of texts from all over a corpus."""
-    some = corpus[:: max(1, len(corpus) // _WINDOWS), :_WIDTH][:_WINDOWS]
-    return Embedder(subject.lm, subject.lm.tokenizer.batch_decode(some.tolist()))
 
 
 def rows(

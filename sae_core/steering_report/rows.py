@@ -38,7 +38,7 @@ class Row(NamedTuple):
     expected_ratio: float
     """`expected_rate` over that of the model as it is, or over half a token of its texts where it has less."""
     similarity: float
-    """Cosine of the texts and the label, by the middle of the model under study (see `labels.scoring.embedding`)."""
+    """Cosine of the texts and the label, by a sentence-embedding model (see `labels.scoring.embedding`)."""
     similarity_low: float
     similarity_high: float
     perplexity_ratio: float

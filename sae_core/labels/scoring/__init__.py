@@ -2,7 +2,7 @@
 
     items       the texts: where the feature fires, over its levels, and where it does not, in three strata
     metrics     balanced accuracy, AUC, and what the bootstrap says of both
-    embedding   similarity of label and text, by the language model under study; asks nobody
+    embedding   similarity of label and text, by a sentence-embedding model; asks nobody
     nearest     the texts that read most alike, by FAISS over these embeddings
     judge       detection, fuzzing, specificity, simulation: what a language model is asked about the texts
     simulation  the values that it expects on each token, read from log-probabilities

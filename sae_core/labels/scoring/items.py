@@ -4,7 +4,6 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -13,7 +12,6 @@ from jaxtyping import Float
 from sae_core.features import Example
 from sae_core.features.reader import Sample
 from sae_core.labels.prompts import MARK_SHARE
-from sae_core.study import ModelSettings
 
 T = TypeVar("T")
 
@@ -27,15 +25,6 @@ of 32 tokens took 1.5 times as many (see docs/labels.md)."""
 
 Nearest = Callable[[Sequence[Example]], Iterable[int]]
 """Windows of the sample by similarity to examples, most similar first."""
-
-
-class Ground(NamedTuple):
-    """What scores are made from besides labels and features."""
-
-    model: ModelSettings
-    """The language model under study, which embeds texts."""
-    neighbors: Path
-    """Folder of the finished neighbors."""
 
 
 class Scored(NamedTuple):

@@ -9,8 +9,7 @@ import faiss
 from sae_core.features import Example, Features
 from sae_core.features.reader import Sample
 from sae_core.labels.scoring.embedding import Embedder, joined
-from sae_core.language_model import LanguageModel
-from sae_core.study import ModelSettings
+from sae_core.progress import Report, silent
 
 _OVERFETCH = 32  # windows looked at for each example, of which those are taken in which the feature does not fire
 
@@ -19,13 +18,14 @@ class Texts:
     """The sample of a corpus, searched by text. Safe to use from several threads.
 
     Args:
-        model: the language model under study, which embeds texts; loaded when something is searched for.
+        source: of the sentence-embedding model, as `labels.embedder`; loaded when something is searched for.
         features: whose sample of the corpus.
+        report: progress in bytes, while the model is fetched.
     """
 
-    def __init__(self, model: ModelSettings, features: Features) -> None:
-        self.model = model
+    def __init__(self, source: str, features: Features, report: Report = silent) -> None:
         self.features = features
+        self._source, self._report = source, report
         self._lock = threading.Lock()
 
     @cached_property
@@ -34,12 +34,13 @@ class Texts:
 
     @cached_property
     def embedder(self) -> Embedder:
-        return Embedder(LanguageModel.load(self.model), [joined(tokens) for tokens in self.sample.tokens])
+        return Embedder(self._source, self._report)
 
     @cached_property
     def _index(self) -> faiss.IndexFlatIP:
-        index = faiss.IndexFlatIP(self.embedder.windows.shape[1])
-        index.add(self.embedder.windows)
+        windows = self.embedder.texts([joined(tokens) for tokens in self.sample.tokens])
+        index = faiss.IndexFlatIP(windows.shape[1])
+        index.add(windows)
         return index
 
     def nearest(self, examples: Sequence[Example]) -> Iterable[int]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from sae_core.labels.asker import Record
 from sae_core.labels.client import ChatClient
 from sae_core.labels.reader import LabelRow, Score
 from sae_core.labels.scoring.embedding import joined
-from sae_core.labels.scoring.items import Answers, Ground, Item, Names, Scored, Trial, as_item, negatives, positives
+from sae_core.labels.scoring.items import Answers, Item, Names, Scored, Trial, as_item, negatives, positives
 from sae_core.labels.scoring.judge import KINDS, Judge, Task, asked_about
 from sae_core.labels.scoring.metrics import Pairwise, accuracy_pairs, auc_pairs, rating_pairs
 from sae_core.labels.scoring.nearest import Texts
@@ -32,7 +33,7 @@ LEAST = 4
 
 async def score_labels(
     client: ChatClient, rows: Sequence[LabelRow], others: Sequence[LabelRow], features: Features,
-    settings: LabelSettings, ground: Ground, record: Record, at_once: int, report: Report, texts: Texts | None = None,
+    settings: LabelSettings, neighbors: Path, record: Record, at_once: int, report: Report, texts: Texts | None = None,
 ) -> Scored:  # fmt: skip
     """Score the written labels among `rows`.
 
@@ -42,7 +43,7 @@ async def score_labels(
         others: what other features are called, for the control; they are not scored.
         features: examples and a sample of the text.
         settings: which scorers, on how many texts, and how many features are judged.
-        ground: the rest of what is looked at.
+        neighbors: folder of the finished neighbors.
         record: told of every question to the judge.
         at_once: features judged at once.
         report: progress, in features scored and then in features judged.
@@ -50,11 +51,12 @@ async def score_labels(
 
     Raises:
         EndpointError: the judge answers nothing.
+        ModelError, CatalogError: the sentence-embedding model cannot be loaded, or not be found.
         ArtifactError: the disk is full.
     """
     if not settings.scorers or not any(row.label for row in rows):
         return Scored({}, "")
-    scorer = Scorer(settings, features, ground, texts)
+    scorer = Scorer(settings, features, neighbors, texts)
     trials = scorer.trials(rows, others, report)
     answers = {trial.feature: [scorer.embed(trial)] * ("embedding" in settings.scorers) for trial in trials}
     tasks = tasks_of(settings)
@@ -83,20 +85,22 @@ class Scorer:
     Args:
         settings: which scorers, and on how many texts.
         features: examples and a sample of the text.
-        ground: the rest of what is looked at.
+        neighbors: folder of the finished neighbors.
         texts: the sample, searched by text, if it is open already.
     """
 
-    def __init__(self, settings: LabelSettings, features: Features, ground: Ground, texts: Texts | None = None) -> None:
+    def __init__(
+        self, settings: LabelSettings, features: Features, neighbors: Path, texts: Texts | None = None
+    ) -> None:
         self.settings = settings
         self.features = features
-        self.ground = ground
-        self.texts = texts or Texts(ground.model, features)
+        self._folder = neighbors
+        self.texts = texts or Texts(settings.embedder, features)
 
     @cached_property
     def _pairs(self) -> pa.Table:
         columns = ["feature", "rank", "neighbor"]
-        return pq.read_table(self.ground.neighbors / NEIGHBORS, columns=columns).sort_by("rank")
+        return pq.read_table(self._folder / NEIGHBORS, columns=columns).sort_by("rank")
 
     def trials(self, rows: Sequence[LabelRow], others: Sequence[LabelRow], report: Report) -> list[Trial]:
         """The written labels among `rows` with their texts, in order; none for a feature with too few texts."""
@@ -116,7 +120,7 @@ class Scorer:
     def embed(self, trial: Trial) -> Answers:
         """Similarity of each name and text."""
         embedder = self.texts.embedder
-        texts = embedder.texts([joined(item.tokens) for item in trial.items])
+        texts = embedder.texts([joined(item.tokens[item.shown]) for item in trial.items])
         names = trial.names.given()
         similarity = embedder.names(list(names.values())) @ texts.T
         return Answers("embedding", dict(zip(names, similarity, strict=True)))

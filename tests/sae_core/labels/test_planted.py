@@ -21,9 +21,9 @@ import pytest
 from sae_core.corpus.documents import Skipped, read_documents
 from sae_core.features import Features
 from sae_core.labels import Labels, build_labels
+from sae_core.labels.build import Ground
 from sae_core.labels.endpoint import label_writer
 from sae_core.labels.reader import LabelRow
-from sae_core.labels.scoring.items import Ground
 from sae_core.labels.scoring.score import score_labels
 from sae_core.progress import silent
 from sae_core.study import LabelSettings, ModelSettings, Source
@@ -204,17 +204,16 @@ def test_no_smaller_model_of_the_catalog_names_as_many(local, planted_text, mode
 
 
 @pytest.mark.parametrize("task", ["detection", "fuzzing"])
-def test_the_local_judge_tells_true_names_from_shuffled_ones(local, planted_text, task, tiny_model):
+def test_the_local_judge_tells_true_names_from_shuffled_ones(local, planted_text, task, tiny_embedder):
     told = [i for i, concept in enumerate(CONCEPTS) if concept.meaning in JUDGED]
     rows = [LabelRow(i, "", "written", CONCEPTS[i].meaning, examples=(0, 1)) for i in told]
-    settings, notes = LabelSettings(scorers=[task], judged=len(rows)), []
+    settings, notes = LabelSettings(scorers=[task], judged=len(rows), embedder=str(tiny_embedder)), []
 
     async def work() -> dict[int, dict[str, Any]]:
-        ground = Ground(ModelSettings(source=str(tiny_model)), planted_text)
         with label_writer(settings, "none", silent) as client:
             try:
                 features = Features.open(planted_text)
-                scored = await score_labels(client, rows, [], features, settings, ground, notes.append, 1, silent)
+                scored = await score_labels(client, rows, [], features, settings, planted_text, notes.append, 1, silent)
                 return scored.fields
             finally:
                 await client.close()

@@ -11,8 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sae_core.labels.scoring.embedding import Embedder
-
 SUBJECTS = ("the old man", "a young doctor", "her brother", "the village", "our teacher", "the committee")
 VERBS = ("opened", "visited", "remembered", "built", "described", "sold")
 OBJECTS = ("the bridge", "a small garden", "the report", "some bread", "the castle", "an engine")
@@ -46,25 +44,8 @@ CONCEPTS: dict[str, tuple[str, Callable[[random.Random], str]]] = {
 N_TEXTS, N_WINDOWS = 14, 8
 
 
-EMBEDDED: dict[tuple, Any] = {}
-
-
-@pytest.fixture(autouse=True)
-def embedded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each model embeds the same texts once for all tests."""
-    embed = Embedder._embed
-
-    def remembered(self: Embedder, texts: list[str]) -> Any:
-        key = (self._lm.d_model, *texts)
-        if key not in EMBEDDED:
-            EMBEDDED[key] = embed(self, texts)
-        return EMBEDDED[key]
-
-    monkeypatch.setattr(Embedder, "_embed", remembered)
-
-
 @pytest.fixture(scope="session")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def planted(tiny_embedder: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """Features and neighbors: feature i fires on the words that rule i finds. Shown to the writer were 0, 1 and 2."""
     draw = random.Random(0)
     root = tmp_path_factory.mktemp("planted")
@@ -92,7 +73,9 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     n = len(CONCEPTS)
     neighbors = [{"feature": i, "rank": r, "neighbor": (i + r) % n, "cosine": 0.5} for i in range(n) for r in (1, 2)]
     _write(root / "neighbors.parquet", neighbors)
-    return SimpleNamespace(folder=root, rules={name: rule for name, (rule, _) in CONCEPTS.items()})
+    return SimpleNamespace(
+        folder=root, embedder=str(tiny_embedder), rules={name: rule for name, (rule, _) in CONCEPTS.items()}
+    )
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:

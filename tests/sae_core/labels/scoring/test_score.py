@@ -13,14 +13,15 @@ import pytest
 
 from sae_core.features import Features
 from sae_core.labels import Labels, build_labels
+from sae_core.labels.build import Ground
 from sae_core.labels.client import EndpointError
 from sae_core.labels.endpoint import label_writer
 from sae_core.labels.estimate import estimate_labels
 from sae_core.labels.reader import LabelRow
 from sae_core.labels.scoring.embedding import joined
-from sae_core.labels.scoring.items import Ground
 from sae_core.labels.scoring.nearest import Texts
 from sae_core.labels.scoring.score import score_labels
+from sae_core.progress import silent
 from sae_core.study import LabelSettings, ModelSettings
 
 CACHE = os.environ.get("MIND_ATLAS_CACHE")  # before a fixture sets one that is empty
@@ -56,6 +57,11 @@ def by_rule(planted: SimpleNamespace) -> Any:
     return answer
 
 
+def settings_of(planted: SimpleNamespace, **given: Any) -> LabelSettings:
+    """Settings with an embedder that knows nothing, unless another is given."""
+    return LabelSettings(**{"embedder": planted.embedder} | given)
+
+
 @pytest.fixture
 def rows(planted: SimpleNamespace) -> list[LabelRow]:
     """The true labels, whose writer saw the first three examples."""
@@ -68,22 +74,20 @@ def ground(planted: SimpleNamespace, tiny_model) -> Ground:
 
 
 def scored(
-    settings: LabelSettings, planted: SimpleNamespace, ground: Ground, rows: list[LabelRow], notes: Any = None
+    settings: LabelSettings, planted: SimpleNamespace, rows: list[LabelRow], notes: Any = None
 ) -> dict[int, Any]:
     async def work() -> dict[int, Any]:
         with label_writer(settings, "none", lambda *_, **__: None) as client:
             record = (notes if notes is not None else []).append
             features = Features.open(planted.folder)
-            return await score_labels(client, rows, [], features, settings, ground, record, 2, lambda *_, **__: None)
+            return await score_labels(client, rows, [], features, settings, planted.folder, record, 2, silent)
 
     return asyncio.run(work()).fields
 
 
-def test_a_judge_that_knows_the_truth_gives_true_labels_all_and_shuffled_ones_chance(
-    endpoint, by_rule, planted, ground, rows
-):
+def test_a_judge_that_knows_the_truth_gives_true_labels_all_and_shuffled_ones_chance(endpoint, by_rule, planted, rows):
     endpoint.behavior = by_rule
-    found = scored(LabelSettings(model="m", base_url=endpoint.url), planted, ground, rows)
+    found = scored(settings_of(planted, model="m", base_url=endpoint.url), planted, rows)
     assert found.keys() == set(range(5))
     for fields in found.values():
         by = {score.scorer: score for score in fields["scores"]}
@@ -98,13 +102,11 @@ def test_a_judge_that_knows_the_truth_gives_true_labels_all_and_shuffled_ones_ch
         assert fields["beats_control"]
 
 
-def test_specificity_and_simulation_are_made_when_asked_for_with_controls_and_levels(
-    endpoint, by_rule, planted, ground, rows
-):
+def test_specificity_and_simulation_are_made_when_asked_for_with_controls_and_levels(endpoint, by_rule, planted, rows):
     endpoint.behavior = by_rule
-    settings = LabelSettings(model="m", base_url=endpoint.url, scorers=["specificity", "simulation"])
+    settings = settings_of(planted, model="m", base_url=endpoint.url, scorers=["specificity", "simulation"])
     notes: list[dict[str, Any]] = []
-    found = scored(settings, planted, ground, rows, notes=notes)
+    found = scored(settings, planted, rows, notes=notes)
     for fields in found.values():
         specificity, simulation = fields["scores"]
         assert (specificity.scorer, specificity.score, specificity.shuffled, specificity.lexical) == (
@@ -121,33 +123,33 @@ def test_specificity_and_simulation_are_made_when_asked_for_with_controls_and_le
         assert fields["beats_control"] is None  # of detection, fuzzing and embedding
     assert not any("logprobs" in note for note in notes)
     asked = len(endpoint.requests)
-    assert scored(settings, planted, ground, rows) == found
+    assert scored(settings, planted, rows) == found
     assert len(endpoint.requests) == asked  # log-probabilities are kept with the answer
 
 
-def test_a_server_without_log_probabilities_is_asked_for_a_simulation_once(endpoint, planted, ground, rows):
+def test_a_server_without_log_probabilities_is_asked_for_a_simulation_once(endpoint, planted, rows):
     endpoint.behavior = lambda h, b: h.answer("1: 0\n2: 9")
-    settings = LabelSettings(model="m", base_url=endpoint.url, scorers=["simulation"])
+    settings = settings_of(planted, model="m", base_url=endpoint.url, scorers=["simulation"])
     notes: list[dict[str, Any]] = []
-    found = scored(settings, planted, ground, rows, notes=notes)
+    found = scored(settings, planted, rows, notes=notes)
     assert {fields["scores"][0].score for fields in found.values()} == {None}
     assert len(endpoint.requests) <= 2  # two features are judged at once
     assert "log-probabilities" in notes[0]["error"]
 
 
-def test_a_wrong_label_does_not_beat_its_control(endpoint, by_rule, planted, ground, rows):
+def test_a_wrong_label_does_not_beat_its_control(endpoint, by_rule, planted, rows):
     endpoint.behavior = by_rule
     names = list(planted.rules)
     wrong = [LabelRow(i, "x", "written", names[(i + 1) % 5], examples=(0, 1, 2)) for i in range(5)]
-    found = scored(LabelSettings(model="m", base_url=endpoint.url, scorers=["detection"]), planted, ground, wrong)
+    found = scored(settings_of(planted, model="m", base_url=endpoint.url, scorers=["detection"]), planted, wrong)
     assert all(fields["scores"][0].score <= 0.6 for fields in found.values())
     assert not any(fields["beats_control"] for fields in found.values())
 
 
-def test_texts_are_none_that_the_writer_saw_and_every_question_is_recorded(endpoint, by_rule, planted, ground, rows):
+def test_texts_are_none_that_the_writer_saw_and_every_question_is_recorded(endpoint, by_rule, planted, rows):
     endpoint.behavior = by_rule
     notes: list[dict[str, Any]] = []
-    scored(LabelSettings(model="m", base_url=endpoint.url, scorers=["fuzzing"]), planted, ground, rows, notes=notes)
+    scored(settings_of(planted, model="m", base_url=endpoint.url, scorers=["fuzzing"]), planted, rows, notes=notes)
     examples = [example for i in range(5) for example in Features.open(planted.folder).examples(i)]
     shown = {"".join(e.tokens) for e in examples if e.document % 100 < 3}
     unseen = {"".join(e.tokens) for e in examples} - shown
@@ -158,23 +160,24 @@ def test_texts_are_none_that_the_writer_saw_and_every_question_is_recorded(endpo
     assert {note["name"] for note in notes if note["scorer"] == "fuzzing"} == {"own", "shuffled", "lexical"}
 
 
-def test_texts_shown_as_contrast_are_held_against_no_label(endpoint, by_rule, planted, ground, rows, monkeypatch):
+def test_texts_shown_as_contrast_are_held_against_no_label(endpoint, by_rule, planted, rows, monkeypatch):
     endpoint.behavior = by_rule
     held = lambda self, feature, shown, count: self.features.examples(feature)[3 : 3 + count]  # noqa: E731
     monkeypatch.setattr(Texts, "silent", held)
-    settings = LabelSettings(model="m", base_url=endpoint.url, scorers=["detection"], contrast=5)
-    found = scored(settings, planted, ground, rows)
+    settings = settings_of(planted, model="m", base_url=endpoint.url, scorers=["detection"], contrast=5)
+    found = scored(settings, planted, rows)
     assert {fields["scores"][0].n_firing for fields in found.values()} == {6}  # 14, less 3 shown and 5 as contrast
 
 
-def test_contrast_is_what_reads_most_alike_and_holds_no_firing(planted, ground):
+def test_contrast_is_what_reads_most_alike_and_holds_no_firing(planted):
     """Against a search by hand: cosine of every window with every example, the best ones first."""
     features = Features.open(planted.folder)
-    texts = Texts(ground.model, features)
+    texts = Texts(planted.embedder, features)
     shown = features.examples(0)[:3]
     found = texts.silent(0, shown, 6)
     fires = features.sample().acts(0)
-    cosine = texts.embedder.texts([joined(e.tokens) for e in shown]) @ texts.embedder.windows.T
+    windows = texts.embedder.texts([joined(tokens) for tokens in texts.sample.tokens])
+    cosine = texts.embedder.texts([joined(e.tokens) for e in shown]) @ windows.T
     order = np.argsort(-cosine, axis=1, kind="stable")[:, :32].T.ravel().tolist()
     expected = [w for w in dict.fromkeys(order) if w not in fires][:6]
     assert [e.document for e in found] == [texts.sample.documents[w] for w in expected]
@@ -185,7 +188,7 @@ def test_contrast_is_what_reads_most_alike_and_holds_no_firing(planted, ground):
 
 def test_a_writer_is_shown_contrast_and_an_estimate_counts_it(endpoint, by_rule, planted, ground, tmp_path):
     endpoint.behavior = by_rule
-    settings = LabelSettings(model="m", base_url=endpoint.url, features=2, examples=3, contrast=4, scorers=[])
+    settings = settings_of(planted, model="m", base_url=endpoint.url, features=2, examples=3, contrast=4, scorers=[])
     plain = estimate_labels(settings.model_copy(update={"contrast": 0}), planted.folder).prompt_tokens
     assert estimate_labels(settings, planted.folder).prompt_tokens > plain
     build_labels(settings, planted.folder, tmp_path, ground=ground)
@@ -193,36 +196,36 @@ def test_a_writer_is_shown_contrast_and_an_estimate_counts_it(endpoint, by_rule,
     assert [len(q.partition("<silent>\n")[2].partition("\n</silent>")[0].splitlines()) for q in asked] == [4, 4]
 
 
-def test_answers_that_cannot_be_read_are_counted_and_make_no_score(endpoint, by_rule, planted, ground, rows):
+def test_answers_that_cannot_be_read_are_counted_and_make_no_score(endpoint, by_rule, planted, rows):
     endpoint.behavior = lambda h, b: h.answer('{"texts": [99]}')
-    settings = LabelSettings(model="m", base_url=endpoint.url, scorers=["detection"], judged=1)
-    found = scored(settings, planted, ground, rows)
+    settings = settings_of(planted, model="m", base_url=endpoint.url, scorers=["detection"], judged=1)
+    found = scored(settings, planted, rows)
     (score,) = found[0]["scores"]
     assert (score.score, score.low, score.margin_low, score.failed) == (None, None, None, 1.0)
     assert found[0]["beats_control"] is None
     assert found[1] == {}
 
 
-def test_a_judge_that_dies_stops_the_run(endpoint, by_rule, planted, ground, rows, monkeypatch):
+def test_a_judge_that_dies_stops_the_run(endpoint, by_rule, planted, rows, monkeypatch):
     monkeypatch.setattr("sae_core.labels.client.RETRIES", 0)
     endpoint.behavior = lambda h, b: h.error(500)
     with pytest.raises(EndpointError, match="5 requests in a row"):
-        scored(LabelSettings(model="m", base_url=endpoint.url, scorers=["detection"]), planted, ground, rows)
+        scored(settings_of(planted, model="m", base_url=endpoint.url, scorers=["detection"]), planted, rows)
 
 
-def test_few_texts_make_no_score_and_a_single_label_has_no_control(endpoint, by_rule, planted, ground, rows):
-    settings = LabelSettings(scorers=["embedding"])
+def test_few_texts_make_no_score_and_a_single_label_has_no_control(endpoint, by_rule, planted, rows):
+    settings = settings_of(planted, scorers=["embedding"])
     seen = [LabelRow(0, "x", "written", "days", examples=tuple(range(11)))]
-    assert scored(settings, planted, ground, seen) == {}
-    found = scored(settings, planted, ground, rows[:1])
+    assert scored(settings, planted, seen) == {}
+    found = scored(settings, planted, rows[:1])
     assert found[0]["scores"][0].shuffled is None
     assert found[0]["beats_control"] is None
-    assert scored(LabelSettings(scorers=[]), planted, ground, rows) == {}
+    assert scored(settings_of(planted, scorers=[]), planted, rows) == {}
 
 
 def test_the_table_keeps_the_scores_and_a_second_run_asks_nothing(endpoint, by_rule, planted, ground, rows, tmp_path):
     endpoint.behavior = by_rule
-    settings = LabelSettings(model="m", base_url=endpoint.url, features=5, examples=3)
+    settings = settings_of(planted, model="m", base_url=endpoint.url, features=5, examples=3)
     summaries = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -247,9 +250,8 @@ def real_cache(cache, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("MIND_ATLAS_CACHE")
 
 
-def test_a_real_models_similarity_tells_true_labels_from_shuffled_ones(planted, rows, real_cache):
-    ground = Ground(ModelSettings(source="smollm2-135m-instruct"), planted.folder)
-    found = scored(LabelSettings(scorers=["embedding"]), planted, ground, rows)
+def test_a_real_model_s_similarity_tells_true_labels_from_shuffled_ones(planted, rows, real_cache):
+    found = scored(LabelSettings(scorers=["embedding"]), planted, rows)
     scores = [fields["scores"][0] for fields in found.values()]
     print(*((s.score, s.low, s.high, s.shuffled, s.lexical, s.margin_low) for s in scores), sep="\n")
     mean = sum(score.score for score in scores) / 5
@@ -260,7 +262,7 @@ def test_a_real_models_similarity_tells_true_labels_from_shuffled_ones(planted, 
 
 def test_an_estimate_foretells_the_judge_s_questions_too(endpoint, by_rule, planted, ground, tmp_path):
     endpoint.behavior = by_rule
-    settings = LabelSettings(model="m", base_url=endpoint.url, features=5, examples=3)
+    settings = settings_of(planted, model="m", base_url=endpoint.url, features=5, examples=3)
     estimate = estimate_labels(settings, planted.folder)
     assert endpoint.requests == []
     build_labels(settings, planted.folder, tmp_path, ground=ground)
