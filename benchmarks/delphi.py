@@ -10,10 +10,12 @@ label; for detection and fuzzing 50 texts each in which the feature fires and 50
 windows of 32 tokens). Ours judge as many texts. A text that is missing to fill these numbers is taken again, which
 changes no count of tokens. Tokens are those of a real tokenizer with its chat template, for the label and no control.
 
-`--compare` labels N features with both prompts, and has the same model judge the same texts (`--texts`, at most so many
-on each side) both ways. On two cores with the local model that takes about two minutes a feature; `--base-url` and
-`--model` name an endpoint (its key in OPENAI_API_KEY). `--minutes` makes pieces of it: run the same command again, and
-it goes on from the results in `--folder` and the answers in the cache, with running totals on standard error.
+`--compare` labels N features with both prompts, and has the same model judge both labels on the same texts (`--texts`,
+at most so many on each side), each beside another feature's: by our questions, and then by delphi's, of which its
+option for log-probabilities makes an AUC too. On two cores with the local model, which we ask about one text at a time,
+that takes about one minute a feature and then two more; `--base-url` and `--model` name an endpoint (its key in
+OPENAI_API_KEY). `--minutes` makes pieces of it: run the same command again, and it goes on from the results in
+`--folder` and the answers in the cache, with running totals on standard error.
 """
 
 import argparse
@@ -28,6 +30,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from itertools import cycle, islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -39,14 +42,14 @@ from sae_core.artifacts import ArtifactStore  # noqa: E402
 from sae_core.features import Example, Features  # noqa: E402
 from sae_core.labels import prompts  # noqa: E402
 from sae_core.labels.build import asked_all, choose_features  # noqa: E402
-from sae_core.labels.client import ChatClient, RequestFailed  # noqa: E402
+from sae_core.labels.client import ChatClient, Completion, RequestFailed  # noqa: E402
 from sae_core.labels.endpoint import label_writer  # noqa: E402
 from sae_core.labels.labeler import Labeler  # noqa: E402
 from sae_core.labels.lexical import lexical_label  # noqa: E402
 from sae_core.labels.reader import LabelRow  # noqa: E402
 from sae_core.labels.scoring.items import Item, Names, Trial  # noqa: E402
-from sae_core.labels.scoring.judge import ask, questions, read  # noqa: E402
-from sae_core.labels.scoring.metrics import accuracy_pairs  # noqa: E402
+from sae_core.labels.scoring.judge import Judge, ask, questions  # noqa: E402
+from sae_core.labels.scoring.metrics import auc_pairs  # noqa: E402
 from sae_core.labels.scoring.nearest import Texts  # noqa: E402
 from sae_core.labels.scoring.score import Scorer  # noqa: E402
 from sae_core.progress import silent  # noqa: E402
@@ -208,24 +211,26 @@ def _batches(items: Sequence[Item]) -> list[Sequence[Item]]:
 
 
 class Result(NamedTuple):
-    """What came of one feature."""
+    """What came of one feature, one way."""
 
     feature: int
-    ours: str
-    delphi: str
+    way: str
+    label: str
     scores: dict[str, float | None]
-    """Balanced accuracy, by way and task; None where nothing that was answered could be read."""
-    tokens: dict[str, int]
+    """AUC by task, for the label and another's; None where nothing that was answered could be read."""
+    tokens: int
     """Read for the judging."""
 
 
-class Comparison:
-    """Balanced accuracy of both ways from label to score, on the same texts by the same model, feature by feature.
+OURS, THEIRS, ALL_THEIRS = "our label, our questions", "delphi's label, our questions", "delphi's label and questions"
+CONTROL = " (another feature's label)"
 
-    In `delphi's label, our questions` only the label is theirs: what of the difference is the label's.
+
+class Comparison:
+    """The scores of both kinds of labels, by both kinds of questions, on the same texts by the same model.
 
     Args:
-        client: answers both.
+        client: answers everything.
         delphi: its prompts.
         scorer: draws the texts.
         settings: of our labels.
@@ -240,7 +245,8 @@ class Comparison:
     ) -> None:  # fmt: skip
         self.client, self.delphi, self.scorer, self.settings, self.file = client, delphi, scorer, settings, file
         self.features = scorer.features
-        self.tokens = {"ours": 0, "delphi": 0, "both": 0}
+        self.judge = Judge(client, lambda attempt: None, settings.asks_each)
+        self._tokens = 0
         self._places, self._end = asyncio.Semaphore(at_once), time.monotonic() + seconds
 
     @property
@@ -249,7 +255,7 @@ class Comparison:
         return [Result(**json.loads(line)) for line in lines]
 
     async def run(self, chosen: Sequence[int]) -> None:
-        """Label with both prompts, then judge.
+        """Label with both prompts, then judge, all features by our questions before the first by delphi's.
 
         The labels of one kind come one after another, as what their prompts begin with stays read. Answers are in the
         cache: what was asked before costs a moment.
@@ -263,17 +269,20 @@ class Comparison:
         trials = self.scorer.trials(rows, [], silent)
         theirs: list[str] = []
         async for trial in self._while_time("delphi's labels", trials):
-            theirs.append(await self._explain(trial))
+            theirs.append(await self._explain(trial) or "unclear")
         if len(theirs) < len(trials):
             return
-        done = {result.feature for result in self.results}
-        left = [i for i, trial in enumerate(trials) if trial.feature not in done]
-        async for i in self._while_time("judged", left):
-            other = (i + 1) % len(trials)
-            result = await self._judge(trials[i], theirs[i], trials[other].names.own, theirs[other])
+        done = {(result.feature, result.way) for result in self.results}
+        labels = {OURS: [trial.names.own for trial in trials], THEIRS: theirs, ALL_THEIRS: theirs}
+        ways = [*((i, way) for i in range(len(trials)) for way in (OURS, THEIRS))]
+        ways += [(i, ALL_THEIRS) for i in range(len(trials))]
+        left = [(i, way) for i, way in ways if (trials[i].feature, way) not in done]
+        async for i, way in self._while_time("judged", left):
+            own, other = labels[way][i], labels[way][(i + 1) % len(trials)]
+            result = await self._judge(trials[i], way, own, other)
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result._asdict(), ensure_ascii=False) + "\n")
-            _say(f"{len(self.results)} of {len(trials)}: {json.dumps(means(self.results))}")
+            _say(json.dumps(means(self.results)))
 
     async def _while_time(self, what: str, things: Sequence[T]) -> AsyncIterator[T]:
         for n, thing in enumerate(things):
@@ -283,105 +292,102 @@ class Comparison:
             yield thing
             _say(f"{what}: {n + 1} of {len(things)}")
 
-    async def _judge(self, trial: Trial, theirs: str, other: str, other_s: str) -> Result:
-        before, found = dict(self.tokens), {}
+    async def _judge(self, trial: Trial, way: str, own: str, other: str) -> Result:
+        before = self._tokens
+        found: dict[str, np.ndarray] = {}
         for task in TASKS:
-            for kind, our, their in (("", trial.names.own, theirs), (" (another feature's label)", other, other_s)):
-                told = {
-                    f"ours, {task}{kind}": self._by_us(trial, task, our, "ours"),
-                    f"delphi's, {task}{kind}": self._by_delphi(trial, task, their or "unclear"),
-                    f"delphi's label, our questions, {task}{kind}": self._by_us(
-                        trial, task, their or "unclear", "both"
-                    ),
-                }
-                values = await asyncio.gather(*told.values())
-                found |= {name: None if math.isnan(v) else v for name, v in zip(told, values, strict=True)}
-        read_ = {who: self.tokens[who] - before[who] for who in before}
-        return Result(trial.feature, trial.names.own, theirs, found, read_)
+            if way == ALL_THEIRS:
+                asked = [self._by_delphi(trial, task, name) for name in (own, other)]
+                found[task], found[task + CONTROL] = await asyncio.gather(*asked)
+            else:
+                answers = await self.judge.judge(trial._replace(names=Names(own, other, "")), task)
+                found[task], found[task + CONTROL] = answers.says["own"], answers.says["shuffled"]
+                self._tokens += answers.prompt_tokens
+        scores = {name: _auc(says, trial) for name, says in found.items()}
+        return Result(trial.feature, way, own, scores, self._tokens - before)
 
-    async def _say(self, who: str, messages: Messages, **more: Any) -> str:
+    async def _ask(self, messages: Messages, **more: Any) -> Completion | None:
         async with self._places:
             try:
                 completion = await self.client.complete(messages, **more)
             except RequestFailed:
-                return ""
-        self.tokens[who] += completion.prompt_tokens
-        return completion.text
+                return None
+        self._tokens += completion.prompt_tokens
+        return completion
 
     async def _explain(self, trial: Trial) -> str:
         examples, row = self.features.examples(trial.feature), self.features.feature(trial.feature)
         seen = {item.acts is not None and tuple(item.acts) for item in trial.items}
         unseen = [example for example in examples if tuple(example.acts) not in seen][:SHOWN]
-        asked = self.delphi.ask_label(unseen, row.max_act)
-        text = await self._say("delphi", asked, max_tokens=300, response_format=None)
-        found = re.search(r"\[EXPLANATION\]:\s*(.*)", text, re.DOTALL)
+        completion = await self._ask(self.delphi.ask_label(unseen, row.max_act), max_tokens=300, response_format=None)
+        found = completion and re.search(r"\[EXPLANATION\]:\s*(.*)", completion.text, re.DOTALL)
         return found[1].strip()[:1000] if found else ""
 
-    async def _by_us(self, trial: Trial, task: Any, name: str, who: str) -> float:
-        says = np.full(len(trial.items), math.nan)
-        for batch, _, messages, more in questions(trial._replace(names=Names(name, None, "")), task):
-            text = await self._say(who, messages, **more)
-            try:
-                says[batch] = read(task, text, len(batch))
-            except prompts.BadAnswer:
-                continue
-        return _accuracy(says, trial)
-
-    async def _by_delphi(self, trial: Trial, task: str, name: str) -> float:
+    async def _by_delphi(self, trial: Trial, task: str, name: str) -> np.ndarray:
+        more = {"max_tokens": 60, "response_format": None, "logprobs": True, "top_logprobs": 5}
         says: list[float] = []
         for batch in _batches(trial.items):
-            text = await self._say("delphi", self.delphi.ask(task, batch, name), max_tokens=60, response_format=None)
-            listed = re.search(r"\[[01,\s]*\]", text)
-            given = json.loads(listed[0]) if listed and listed[0].strip("[] \n") else []
+            completion = await self._ask(self.delphi.ask(task, batch, name), **more)
+            given = _ones(completion) if completion else []
             says += given if len(given) == len(batch) else [math.nan] * len(batch)
-        return _accuracy(np.array(says, float), trial)
+        return np.array(says, float)
+
+
+def _ones(completion: Completion) -> list[float]:
+    """The log-odds of 1 at each place of a list of 1 and 0: as delphi's scorers have it with `log_prob`."""
+    found = []
+    for token, likeliest in completion.logprobs or ():
+        if token.strip(" [,") in ("0", "1"):
+            bits = {word: p for key, p in likeliest.items() if (word := key.strip(" [,")) in ("0", "1")}
+            least = min(likeliest.values())
+            found.append(bits.get("1", least) - bits.get("0", least))
+    return found
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def columns(results: Sequence[Result]) -> dict[str, np.ndarray]:
-    """The scores of all features, by way and task; NaN where there is none."""
-    names = results[0].scores if results else ()
-    return {name: np.array([result.scores[name] for result in results], float) for name in names}
+def columns(results: Sequence[Result]) -> dict[str, dict[int, float]]:
+    """The scores by way and task, of each feature that has one."""
+    found: dict[str, dict[int, float]] = {}
+    for result in results:
+        for name, score in result.scores.items():
+            if score is not None:
+                found.setdefault(f"{result.way}, {name}", {})[result.feature] = score
+    return found
 
 
 def means(results: Sequence[Result]) -> dict[str, list[float]]:
     """Mean score, and of how many features."""
-    return {
-        name: [round(float(np.nanmean(values)), 3), int(np.isfinite(values).sum())]
-        for name, values in columns(results).items()
-        if np.isfinite(values).any()
-    }
+    return {name: [round(fmean(of.values()), 3), len(of)] for name, of in columns(results).items()}
 
 
 def summary(results: Sequence[Result]) -> dict[str, Any]:
-    """All of it."""
+    """All of it; differences with their 95% intervals by a bootstrap over features."""
+    found = columns(results)
+    pairs = [(f"{way}, {task}", f"{way}, {task}{CONTROL}") for way in (OURS, THEIRS, ALL_THEIRS) for task in TASKS]
+    pairs += [(f"{OURS}, {task}", f"{way}, {task}") for way in (THEIRS, ALL_THEIRS) for task in TASKS]
     return {
-        "features": len(results),
         "mean_and_features": means(results),
-        "ours_less_delphi": _differences(columns(results)),
-        "tokens_read_judging": {who: sum(r.tokens[who] for r in results) for who in ("ours", "delphi", "both")},
-        "labels": [(r.feature, r.ours, r.delphi) for r in results],
+        "differences": {f"{a} - {b}": difference(found[a], found[b]) for a, b in pairs if {a, b} <= found.keys()},
+        "tokens_read_judging": {
+            way: sum(r.tokens for r in results if r.way == way) for way in (OURS, THEIRS, ALL_THEIRS)
+        },
+        "labels": [(r.feature, r.way, r.label) for r in results],
     }
 
 
-def _accuracy(says: np.ndarray, trial: Trial) -> float:
-    pairs = accuracy_pairs(says, np.array([item.fires for item in trial.items]))
-    return float(pairs.mean()) if pairs.size else math.nan
+def difference(first: dict[int, float], second: dict[int, float]) -> list[float]:
+    """Mean difference over the features that have both, its interval, and how many they are."""
+    both = np.array([first[feature] - second[feature] for feature in first.keys() & second.keys()])
+    draws = np.random.default_rng(0).choice(both, (5000, len(both))).mean(1)
+    return [*(round(float(v), 3) for v in (both.mean(), *np.percentile(draws, (2.5, 97.5)))), len(both)]
 
 
-def _differences(found: dict[str, np.ndarray]) -> dict[str, list[float]]:
-    """Mean difference of the scores, feature by feature, and its 95% interval by a bootstrap over features."""
-    told = {}
-    for task in TASKS if found else ():
-        difference = found[f"ours, {task}"] - found[f"delphi's, {task}"]
-        difference = difference[np.isfinite(difference)]
-        if len(difference):
-            draws = np.random.default_rng(0).choice(difference, (5000, len(difference))).mean(1)
-            told[task] = [round(float(v), 3) for v in (difference.mean(), *np.percentile(draws, (2.5, 97.5)))]
-    return told
+def _auc(says: np.ndarray, trial: Trial) -> float | None:
+    pairs = auc_pairs(says, np.array([item.fires for item in trial.items]))
+    return float(pairs.mean()) if pairs.size else None
 
 
 def main() -> None:

@@ -383,6 +383,9 @@ class LabelSettings(Settings):
     not. Paulo et al. 2024 take 100, which wants `features.level_examples` of 20 or more."""
     judged: int | None = Field(None, ge=0)
     """Features scored by asking `model`, the first ones; default: all at an endpoint, none by a local model."""
+    ask_each: bool | None = None
+    """Whether detection and fuzzing ask about one text at a time, and take how likely a yes is: what a small model can
+    do. Default: by a local model; at an endpoint 25 texts a question, which take an eighth of the tokens."""
     max_dollars: float | None = Field(None, ge=0)
     """Most that the labels may cost; a request that might go beyond it is not sent, and what is written is kept."""
     max_requests: int | None = Field(None, ge=0)
@@ -400,6 +403,11 @@ class LabelSettings(Settings):
         """How many of so many labeled features are scored by asking a model."""
         most = self.judged if self.judged is not None else labeled if self.base_url else 0
         return min(labeled, most) if set(self.scorers) - {"embedding"} else 0
+
+    @property
+    def asks_each(self) -> bool:
+        """Whether detection and fuzzing ask about one text at a time."""
+        return not self.base_url if self.ask_each is None else self.ask_each
 
     @model_validator(mode="after")
     def _both_prices(self) -> "LabelSettings":

@@ -55,7 +55,7 @@ class Rehearsal(ChatClient):
             self.found.add(path)
             return kept
         size = sum(len(message["content"].encode()) for message in messages)
-        written = _JUDGED_SHARE * parameters["max_tokens"] if parameters else _ANSWER_TOKENS
+        written = max(1, _JUDGED_SHARE * parameters["max_tokens"]) if parameters else _ANSWER_TOKENS
         self.bought[path] = Usage(round(size / BYTES_PER_TOKEN), round(written))
         return Completion(_ANSWER.format(len(self.bought)), *self.bought[path], logprobs=[])
 
@@ -75,7 +75,7 @@ async def _rehearse(rehearsal: Rehearsal, source: Features, chosen: Sequence[int
 
     scorer = Sketch(settings, source, Path(), texts or _any_texts(settings, source))
     trials = scorer.trials(asked_all(outcomes, source, settings), [], silent)
-    await Judge(rehearsal, _forget).judge_all(trials[:n_judged], tasks_of(settings), 1, silent)
+    await Judge(rehearsal, _forget, settings.asks_each).judge_all(trials[:n_judged], tasks_of(settings), 1, silent)
 
 
 def _any_texts(settings: LabelSettings, source: Features) -> "Texts":

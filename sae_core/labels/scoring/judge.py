@@ -2,7 +2,7 @@
 well does the name say what is marked, and how strongly would such a feature fire on each token.
 
 Many texts a question. What all questions share stands first, then the texts, then the name: a server that keeps the
-beginning of a prompt reads the texts once for a label and both its controls.
+beginning of a prompt reads the texts once for a label and both its controls. Or one text a question, see `yes_no`.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from sae_core.labels.asker import Asker, Record, run_all
 from sae_core.labels.budget import BudgetReached
 from sae_core.labels.client import ChatClient, Completion
 from sae_core.labels.prompts import BadAnswer, Message, as_data, marked, objects
+from sae_core.labels.scoring import yes_no
 from sae_core.labels.scoring.embedding import joined
 from sae_core.labels.scoring.items import SHOWN, Answers, Item, Trial
 from sae_core.labels.scoring.simulation import ALTERNATIVES, STRONGEST, NoProbabilities, simulated
@@ -128,12 +129,20 @@ def asked_about(trial: Trial, task: str) -> Int[np.ndarray, " asked"]:
     return np.array(asked, int)
 
 
-def questions(trial: Trial, task: Task) -> Iterator[tuple[Int[np.ndarray, " _"], str, list[Message], dict[str, Any]]]:
+def questions(
+    trial: Trial, task: Task, each: bool = False
+) -> Iterator[tuple[Int[np.ndarray, " _"], str, list[Message], dict[str, Any]]]:
     """Every question of a trial: about which texts, under which name, the messages, and the fields of the request.
 
-    The names of the same texts follow one another: by the second one the server has read the texts.
+    The names of the same texts follow one another: by the second one the server has read the texts. With `each`, where
+    detection and fuzzing ask about one text at a time, it is the texts of the same name.
     """
     numbers = asked_about(trial, task)
+    if each and (task == "detection" or task == "fuzzing"):
+        for kind, name in trial.names.given().items():
+            for i in numbers:
+                yield np.array([i]), kind, yes_no.ask(task, show(trial.items[i], task)[0], name), yes_no.PARAMETERS
+        return
     for batch in np.array_split(numbers, math.ceil(len(numbers) / KINDS[task].texts)):
         items = [trial.items[i] for i in batch]
         for kind, name in trial.names.given().items():
@@ -156,7 +165,7 @@ def _numbered(lines: Iterable[str]) -> str:
     return "\n".join(f"{i}: {line}" for i, line in enumerate(lines, 1))
 
 
-def read(task: Task, text: str, n_texts: int) -> list[int]:
+def read(task: Task, text: str, n_texts: int) -> list[float]:
     """For each text whether the answer lists it (1 or 0), or the rating that it gives.
 
     Raises BadAnswer when there is no JSON object with a list of numbers from 1 to `n_texts`, or with as many ratings.
@@ -175,10 +184,17 @@ def read(task: Task, text: str, n_texts: int) -> list[int]:
 
 
 class Judge:
-    """Asks a client about trials."""
+    """Asks a client about trials.
 
-    def __init__(self, client: ChatClient, record: Record) -> None:
+    Args:
+        client: answers.
+        record: told of every answer.
+        each: whether detection and fuzzing ask about one text at a time.
+    """
+
+    def __init__(self, client: ChatClient, record: Record, each: bool) -> None:
         self.client = client
+        self.each = each
         self.stopped = ""
         """Why it asked no more, when the budget was used up."""
         self._asker = Asker(client, record)
@@ -197,7 +213,7 @@ class Judge:
         """
         if self.client.budget.is_limited:
             for trial, task in itertools.product(trials, tasks):
-                for _, _, messages, more in questions(trial, task):
+                for _, _, messages, more in questions(trial, task, self.each):
                     self.client.settle(messages, **more)
         found: dict[int, list[Answers]] = {}
         places = asyncio.Semaphore(at_once)
@@ -218,7 +234,7 @@ class Judge:
         shape = (len(trial.items), SHOWN) if task == "simulation" else len(trial.items)
         says = {name: np.full(shape, math.nan) for name in trial.names.given()}
         tokens = np.zeros(2, int)
-        for batch, kind, messages, more in questions(trial, task):  # one after another, see there
+        for batch, kind, messages, more in questions(trial, task, self.each):  # one after another, see there
             if task in self._cannot:
                 break
             note: dict[str, Any] = {"feature": trial.feature, "scorer": task, "name": kind}
@@ -228,9 +244,13 @@ class Judge:
             tokens += (note.get("prompt_tokens", 0), note.get("completion_tokens", 0))
         return Answers(task, says, int(tokens[0]), int(tokens[1]))
 
-    def _read(self, task: Task, n_texts: int, completion: Completion) -> Float[np.ndarray, " shown"] | list[int]:
+    def _read(self, task: Task, n_texts: int, completion: Completion) -> Float[np.ndarray, " shown"] | list[float]:
         try:
-            return simulated(completion) if task == "simulation" else read(task, completion.text, n_texts)
+            if task == "simulation":
+                return simulated(completion)
+            if self.each and (task == "detection" or task == "fuzzing"):
+                return [yes_no.log_odds(completion)]
+            return read(task, completion.text, n_texts)
         except NoProbabilities:
             self._cannot.add(task)
             raise

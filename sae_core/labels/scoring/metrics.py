@@ -1,7 +1,7 @@
 """Scores as means over pairs of a text in which the feature fires and one in which it does not.
 
-Balanced accuracy and the area under the ROC curve both are: of (hit_i + rejected_j) / 2, and of [s_i > s_j], a tie
-counting half (Mann and Whitney 1947). So one bootstrap serves both: texts are drawn again with replacement, those that
+The area under the ROC curve is one, of [s_i > s_j], a tie counting half (Mann and Whitney 1947); where the answers are
+yes and no it is the balanced accuracy. So one bootstrap serves both: texts are drawn again with replacement, those that
 fire and those that do not apart (Efron and Tibshirani 1993, ch. 13: the percentile interval).
 """
 
@@ -25,16 +25,13 @@ class Interval(NamedTuple):
     high: float
 
 
-def accuracy_pairs(says: Float[np.ndarray, " texts"], fires: Bool[np.ndarray, " texts"]) -> Pairs:
-    """Pairs whose mean is the balanced accuracy of `says` (1: fires, 0: does not; NaN: no answer, left out)."""
-    hit, rejected = says[fires], 1 - says[~fires]
-    hit, rejected = hit[np.isfinite(hit)], rejected[np.isfinite(rejected)]
-    return (hit[:, None] + rejected[None, :]) / 2
+def auc_pairs(says: Float[np.ndarray, " texts"], fires: Bool[np.ndarray, " texts"]) -> Pairs:
+    """Pairs whose mean is the area under the ROC curve; of answers 1 (fires) and 0, that is their balanced accuracy.
 
-
-def auc_pairs(similarity: Float[np.ndarray, " texts"], fires: Bool[np.ndarray, " texts"]) -> Pairs:
-    """Pairs whose mean is the area under the ROC curve."""
-    difference = similarity[fires][:, None] - similarity[~fires][None, :]
+    NaN is no answer, and left out.
+    """
+    known = np.isfinite(says)
+    difference = says[known & fires][:, None] - says[known & ~fires][None, :]
     return (np.sign(difference) + 1.0) / 2
 
 

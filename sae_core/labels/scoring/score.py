@@ -19,14 +19,13 @@ from sae_core.labels.reader import LabelRow, Score
 from sae_core.labels.scoring.embedding import joined
 from sae_core.labels.scoring.items import Answers, Item, Names, Scored, Trial, as_item, negatives, positives
 from sae_core.labels.scoring.judge import KINDS, Judge, Task, asked_about
-from sae_core.labels.scoring.metrics import Pairwise, accuracy_pairs, auc_pairs, rating_pairs
+from sae_core.labels.scoring.metrics import Pairwise, auc_pairs, rating_pairs
 from sae_core.labels.scoring.nearest import Texts
 from sae_core.labels.scoring.simulation import Correlation
 from sae_core.neighbors import NEIGHBORS
 from sae_core.progress import Report
 from sae_core.study import LabelSettings
 
-_PAIRS = {"embedding": auc_pairs, "specificity": rating_pairs}  # all others: accuracy_pairs
 LEAST = 4
 """Texts in which the feature fires, from fewer of which no score is made."""
 
@@ -60,7 +59,7 @@ async def score_labels(
     trials = scorer.trials(rows, others, report)
     answers = {trial.feature: [scorer.embed(trial)] * ("embedding" in settings.scorers) for trial in trials}
     tasks = tasks_of(settings)
-    judge = Judge(client, record)
+    judge = Judge(client, record, settings.asks_each)
     judged = trials[: settings.judged_of(len(trials))]
     for feature, found in (await judge.judge_all(judged, tasks, at_once, report)).items():
         answers[feature] += found
@@ -189,7 +188,8 @@ def _measure(scorer: str, items: list[Item]) -> Pairwise | Correlation:
     """How a scorer's answers are made into a score."""
     if scorer == "simulation":
         return Correlation(items)
-    return Pairwise(_PAIRS.get(scorer, accuracy_pairs), np.array([item.fires for item in items]))
+    pairs = rating_pairs if scorer == "specificity" else auc_pairs
+    return Pairwise(pairs, np.array([item.fires for item in items]))
 
 
 def _failed(says: Float[np.ndarray, "texts ..."]) -> float:

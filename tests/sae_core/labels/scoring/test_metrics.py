@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from sae_core.labels.scoring.metrics import accuracy_pairs, auc_pairs, bootstrap
+from sae_core.labels.scoring.metrics import auc_pairs, bootstrap
 
 TEXTS = st.lists(st.tuples(st.booleans(), st.integers(-3, 3)), min_size=2, max_size=30).filter(
     lambda rows: len({fires for fires, _ in rows}) == 2
@@ -22,16 +22,16 @@ def test_the_mean_over_pairs_is_the_area_under_the_curve(rows):
 
 @settings(max_examples=30, deadline=None)
 @given(TEXTS)
-def test_the_mean_over_pairs_is_the_balanced_accuracy(rows):
+def test_of_yes_and_no_the_mean_over_pairs_is_the_balanced_accuracy(rows):
     fires, says = np.array([f for f, _ in rows]), np.array([float(s > 0) for _, s in rows])
-    assert accuracy_pairs(says, fires).mean() == pytest.approx(balanced_accuracy_score(fires, says))
+    assert auc_pairs(says, fires).mean() == pytest.approx(balanced_accuracy_score(fires, says))
 
 
 def test_texts_without_an_answer_are_left_out():
     fires = np.array([True, True, False, False])
     says = np.array([1.0, math.nan, 0.0, math.nan])
-    assert accuracy_pairs(says, fires).tolist() == [[1.0]]
-    assert all(map(math.isnan, bootstrap(accuracy_pairs(np.full(4, math.nan), fires))))
+    assert auc_pairs(says, fires).tolist() == [[1.0]]
+    assert all(map(math.isnan, bootstrap(auc_pairs(np.full(4, math.nan), fires))))
 
 
 @pytest.mark.parametrize("kind", ["accuracy", "auc"])
@@ -43,7 +43,7 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says(kind, monkeypatc
     held = 0
     for _ in range(300):
         if kind == "accuracy":
-            pairs, truth = accuracy_pairs((rng.random(60) < np.where(fires, 0.8, 0.3)).astype(float), fires), 0.75
+            pairs, truth = auc_pairs((rng.random(60) < np.where(fires, 0.8, 0.3)).astype(float), fires), 0.75
         else:  # two normal laws one deviation apart: P(x > y) = Phi(1 / sqrt 2)
             pairs, truth = auc_pairs(rng.normal(size=60) + fires, fires), 0.5 * (1 + math.erf(0.5))
         low, high = bootstrap(pairs)
