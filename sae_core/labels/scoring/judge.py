@@ -165,7 +165,7 @@ def _numbered(lines: Iterable[str]) -> str:
     return "\n".join(f"{i}: {line}" for i, line in enumerate(lines, 1))
 
 
-def read(task: Task, text: str, n_texts: int) -> list[float]:
+def read(task: Task, text: str, n_texts: int) -> list[int]:
     """For each text whether the answer lists it (1 or 0), or the rating that it gives.
 
     Raises BadAnswer when there is no JSON object with a list of numbers from 1 to `n_texts`, or with as many ratings.
@@ -244,7 +244,9 @@ class Judge:
             tokens += (note.get("prompt_tokens", 0), note.get("completion_tokens", 0))
         return Answers(task, says, int(tokens[0]), int(tokens[1]))
 
-    def _read(self, task: Task, n_texts: int, completion: Completion) -> Float[np.ndarray, " shown"] | list[float]:
+    def _read(
+        self, task: Task, n_texts: int, completion: Completion
+    ) -> Float[np.ndarray, " shown"] | list[int] | list[float]:
         try:
             if task == "simulation":
                 return simulated(completion)

@@ -127,6 +127,48 @@ def test_specificity_and_simulation_are_made_when_asked_for_with_controls_and_le
     assert len(endpoint.requests) == asked  # log-probabilities are kept with the answer
 
 
+def test_a_judge_asked_about_one_text_at_a_time_is_read_by_probability(endpoint, planted, rows):
+    """It says yes to everything, and a little less surely where the name is wrong: the AUC sees it."""
+
+    def answer(handler: Any, body: dict[str, Any]) -> None:
+        name, text = (line.partition(": ")[2] for line in body["messages"][-1]["content"].split("\n"))
+        rule = planted.rules.get(json.loads(name), "(?!)")
+        fits = all(re.search(rule, part) for part in re.findall("<<(.*?)>>", text) or [text])
+        likeliest = [{"token": "yes", "logprob": -0.1}, {"token": "no", "logprob": -4.0 if fits else -3.0}]
+        told = {"content": [{"token": "yes", "logprob": -0.1, "top_logprobs": likeliest}]}
+        message = {"role": "assistant", "content": "yes"}
+        handler.answer("", choices=[{"index": 0, "finish_reason": "stop", "message": message, "logprobs": told}])
+
+    endpoint.behavior = answer
+    settings = settings_of(planted, model="m", base_url=endpoint.url, scorers=["detection", "fuzzing"], ask_each=True)
+    notes: list[dict[str, Any]] = []
+    for fields in scored(settings, planted, rows, notes=notes).values():
+        for score in fields["scores"]:
+            assert (score.score, score.lexical, score.failed) == (1.0, 0.5, 0.0)
+            assert score.shuffled <= 0.6
+        assert fields["beats_control"]
+    assert len(notes) == 5 * 2 * 3 * 22
+    assert len({json.dumps(request["messages"]) for request in endpoint.requests}) == len(endpoint.requests)
+    assert {request["max_tokens"] for request in endpoint.requests} == {1}
+
+
+def test_a_server_without_log_probabilities_is_asked_about_one_text_and_no_more(endpoint, planted, rows):
+    endpoint.behavior = lambda h, b: h.answer("yes")
+    settings = settings_of(planted, model="m", base_url=endpoint.url, scorers=["fuzzing"], ask_each=True)
+    notes: list[dict[str, Any]] = []
+    found = scored(settings, planted, rows, notes=notes)
+    assert {fields["scores"][0].score for fields in found.values()} == {None}
+    assert len(endpoint.requests) <= 2  # two features are judged at once
+    assert "set ask_each = false" in notes[0]["error"]
+
+
+def test_a_local_model_is_asked_about_one_text_at_a_time_unless_told_otherwise():
+    assert LabelSettings().asks_each
+    assert not LabelSettings(base_url="http://127.0.0.1:9/v1").asks_each
+    assert not LabelSettings(ask_each=False).asks_each
+    assert LabelSettings(base_url="http://127.0.0.1:9/v1", ask_each=True).asks_each
+
+
 def test_a_server_without_log_probabilities_is_asked_for_a_simulation_once(endpoint, planted, rows):
     endpoint.behavior = lambda h, b: h.answer("1: 0\n2: 9")
     settings = settings_of(planted, model="m", base_url=endpoint.url, scorers=["simulation"])
