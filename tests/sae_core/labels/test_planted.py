@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -221,6 +222,8 @@ def test_the_local_judge_tells_true_names_from_shuffled_ones(local, planted_text
     scores = [fields["scores"][0] for fields in asyncio.run(work()).values()]
     for meaning, score in zip(JUDGED, scores, strict=True):
         print(task, meaning, score.score, score.shuffled, score.failed, score.levels)
-    assert len(notes) == 2 * 2 * len(told)  # two questions for twelve texts a side; no lexical name is given
+    assert len(notes) == 24 * 2 * len(told)  # each of twelve texts a side by itself; no lexical name is given
     print(f"{sum(note['seconds'] for note in notes) / len(notes):.2f} s a question", len(notes))
     assert sum(score.failed for score in scores) / len(scores) <= 0.1
+    own, other = (fmean(getattr(score, name) for score in scores) for name in ("score", "shuffled"))
+    assert own >= max(0.7, other + 0.2)
