@@ -12,7 +12,7 @@ changes no count of tokens. Tokens are those of a real tokenizer with its chat t
 
 `--compare` labels N features with both prompts, and has the same model judge both labels on the same texts (`--texts`,
 at most so many on each side), each beside another feature's: by our questions, and then by delphi's, of which its
-option for log-probabilities makes an AUC too. On two cores with the local model, which we ask about one text at a time,
+option for log-probabilities makes an AUC too. The score `embedding`, which asks nobody, is made of both as well. On two cores with the local model, which we ask about one text at a time,
 that takes about one minute a feature and then two more; `--base-url` and `--model` name an endpoint (its key in
 OPENAI_API_KEY). `--minutes` makes pieces of it: run the same command again, and it goes on from the results in
 `--folder` and the answers in the cache, with running totals on standard error.
@@ -211,23 +211,27 @@ def _batches(items: Sequence[Item]) -> list[Sequence[Item]]:
 
 
 class Result(NamedTuple):
-    """What came of one feature, one way."""
+    """What came of one feature, one way, by one task."""
 
     feature: int
     way: str
+    task: str
     label: str
     scores: dict[str, float | None]
-    """AUC by task, for the label and another's; None where nothing that was answered could be read."""
+    """AUC for the label, and for another's where that is asked; None where nothing that was answered could be read."""
     tokens: int
     """Read for the judging."""
 
 
 OURS, THEIRS, ALL_THEIRS = "our label, our questions", "delphi's label, our questions", "delphi's label and questions"
-CONTROL = " (another feature's label)"
+WITH_CONTROL = (OURS, ALL_THEIRS)
+OWN, OTHER = "its label", "another's"
 
 
 class Comparison:
     """The scores of both kinds of labels, by both kinds of questions, on the same texts by the same model.
+
+    Each kind of question also asks about labels of other features, as a control.
 
     Args:
         client: answers everything.
@@ -257,7 +261,7 @@ class Comparison:
     async def run(self, chosen: Sequence[int]) -> None:
         """Label with both prompts, then judge, all features by our questions before the first by delphi's.
 
-        The labels of one kind come one after another, as what their prompts begin with stays read. Answers are in the
+        What is asked in one way comes one after another, as what its prompts begin with stays read. Answers are in the
         cache: what was asked before costs a moment.
         """
         labeler = Labeler(self.client, self.features, self.settings, lambda attempt: None)
@@ -272,14 +276,14 @@ class Comparison:
             theirs.append(await self._explain(trial) or "unclear")
         if len(theirs) < len(trials):
             return
-        done = {(result.feature, result.way) for result in self.results}
+        done = {(result.feature, result.way, result.task) for result in self.results}
         labels = {OURS: [trial.names.own for trial in trials], THEIRS: theirs, ALL_THEIRS: theirs}
-        ways = [*((i, way) for i in range(len(trials)) for way in (OURS, THEIRS))]
-        ways += [(i, ALL_THEIRS) for i in range(len(trials))]
-        left = [(i, way) for i, way in ways if (trials[i].feature, way) not in done]
-        async for i, way in self._while_time("judged", left):
-            own, other = labels[way][i], labels[way][(i + 1) % len(trials)]
-            result = await self._judge(trials[i], way, own, other)
+        rounds = [((OURS, THEIRS), task) for task in ("embedding", *TASKS)] + [((ALL_THEIRS,), task) for task in TASKS]
+        wanted = [(i, way, task) for ways, task in rounds for i in range(len(trials)) for way in ways]
+        left = [(i, way, task) for i, way, task in wanted if (trials[i].feature, way, task) not in done]
+        async for i, way, task in self._while_time("judged", left):
+            other = labels[way][(i + 1) % len(trials)] if way in WITH_CONTROL else None
+            result = await self._judge(trials[i], way, task, labels[way][i], other)
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result._asdict(), ensure_ascii=False) + "\n")
             _say(json.dumps(means(self.results)))
@@ -292,19 +296,19 @@ class Comparison:
             yield thing
             _say(f"{what}: {n + 1} of {len(things)}")
 
-    async def _judge(self, trial: Trial, way: str, own: str, other: str) -> Result:
+    async def _judge(self, trial: Trial, way: str, task: Any, own: str, other: str | None) -> Result:
         before = self._tokens
-        found: dict[str, np.ndarray] = {}
-        for task in TASKS:
-            if way == ALL_THEIRS:
-                asked = [self._by_delphi(trial, task, name) for name in (own, other)]
-                found[task], found[task + CONTROL] = await asyncio.gather(*asked)
-            else:
-                answers = await self.judge.judge(trial._replace(names=Names(own, other, "")), task)
-                found[task], found[task + CONTROL] = answers.says["own"], answers.says["shuffled"]
-                self._tokens += answers.prompt_tokens
-        scores = {name: _auc(says, trial) for name, says in found.items()}
-        return Result(trial.feature, way, own, scores, self._tokens - before)
+        if way == ALL_THEIRS:
+            names = {kind: name for kind, name in ((OWN, own), (OTHER, other)) if name}
+            told = await asyncio.gather(*(self._by_delphi(trial, task, name) for name in names.values()))
+            found = dict(zip(names, told, strict=True))
+        else:
+            named = trial._replace(names=Names(own, other, ""))
+            answers = self.scorer.embed(named) if task == "embedding" else await self.judge.judge(named, task)
+            found = {{"own": OWN, "shuffled": OTHER}[kind]: says for kind, says in answers.says.items()}
+            self._tokens += answers.prompt_tokens
+        scores = {kind: _auc(says, trial) for kind, says in found.items()}
+        return Result(trial.feature, way, task, own, scores, self._tokens - before)
 
     async def _ask(self, messages: Messages, **more: Any) -> Completion | None:
         async with self._places:
@@ -349,12 +353,12 @@ def _say(text: str) -> None:
 
 
 def columns(results: Sequence[Result]) -> dict[str, dict[int, float]]:
-    """The scores by way and task, of each feature that has one."""
+    """The scores by way, task and whose label, of each feature that has one."""
     found: dict[str, dict[int, float]] = {}
     for result in results:
-        for name, score in result.scores.items():
+        for kind, score in result.scores.items():
             if score is not None:
-                found.setdefault(f"{result.way}, {name}", {})[result.feature] = score
+                found.setdefault(f"{result.way}, {result.task}, {kind}", {})[result.feature] = score
     return found
 
 
@@ -366,15 +370,16 @@ def means(results: Sequence[Result]) -> dict[str, list[float]]:
 def summary(results: Sequence[Result]) -> dict[str, Any]:
     """All of it; differences with their 95% intervals by a bootstrap over features."""
     found = columns(results)
-    pairs = [(f"{way}, {task}", f"{way}, {task}{CONTROL}") for way in (OURS, THEIRS, ALL_THEIRS) for task in TASKS]
-    pairs += [(f"{OURS}, {task}", f"{way}, {task}") for way in (THEIRS, ALL_THEIRS) for task in TASKS]
+    tasks = ("embedding", *TASKS)
+    pairs = [(f"{way}, {task}, {OWN}", f"{way}, {task}, {OTHER}") for way in WITH_CONTROL for task in tasks]
+    pairs += [(f"{OURS}, {task}, {OWN}", f"{way}, {task}, {OWN}") for way in (THEIRS, ALL_THEIRS) for task in tasks]
     return {
         "mean_and_features": means(results),
         "differences": {f"{a} - {b}": difference(found[a], found[b]) for a, b in pairs if {a, b} <= found.keys()},
         "tokens_read_judging": {
             way: sum(r.tokens for r in results if r.way == way) for way in (OURS, THEIRS, ALL_THEIRS)
         },
-        "labels": [(r.feature, r.way, r.label) for r in results],
+        "labels": sorted({(r.feature, r.way, r.label) for r in results}),
     }
 
 
