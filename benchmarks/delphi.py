@@ -11,12 +11,12 @@ windows of 32 tokens). Ours judge as many texts. A text that is missing to fill 
 changes no count of tokens. Tokens are those of a real tokenizer with its chat template, for the label and no control.
 
 `--compare` labels N features with both prompts, and has the same model judge both labels on the same texts (`--texts`,
-at most so many on each side), ours beside another feature's: by our questions, and then by delphi's, of which its option
-for log-probabilities makes an AUC too. The score `embedding`, which asks nobody, is made of both as well. On two cores
-with the local model, which we ask about one text at a time, it takes about a minute a feature for both labels, half a
-minute for what we ask with 6 texts on each side, and two minutes for what delphi asks; `--base-url` and `--model` name
-an endpoint (its key in OPENAI_API_KEY). `--minutes` makes pieces of it: run the same command again, and it goes on from
-the results in `--folder` and the answers in the cache, with running totals on standard error.
+at most so many on each side), ours beside another feature's: by our questions, and then by delphi's, of which its
+option for log-probabilities makes an AUC too. The score `embedding`, which asks nobody, is made of both as well. On two
+cores with the local model, which we ask about one text at a time, it takes half a minute a feature for both labels, as
+much for what we ask with 6 texts on each side, and two minutes for what delphi asks; `--base-url` and `--model` name
+an endpoint (its key in OPENAI_API_KEY). `--minutes` makes pieces of it: run the same command again, and it goes on
+from the results in `--folder` and the answers in the cache, with running totals on standard error.
 """
 
 import argparse
