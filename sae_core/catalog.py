@@ -42,13 +42,17 @@ def cache_dir() -> Path:
     return Path(os.environ.get("MIND_ATLAS_CACHE") or "~/.cache/mind-atlas").expanduser().absolute()
 
 
-def identify_model(settings: ModelSettings) -> str:
+def identify_model(settings: ModelSettings, key: str = "model.source") -> str:
     """What the model is, wherever it lies: `sha256:...` of its content, or `hf:<id>@<revision>`.
+
+    Args:
+        settings: where it lies.
+        key: what the error calls the setting.
 
     Raises:
         CatalogError: the source is neither in the catalog, nor a path to a model, nor a Hugging Face id.
     """
-    found = _sort("model.source", settings.source, MODELS, _MODEL_ID)
+    found = _sort(key, settings.source, MODELS, _MODEL_ID)
     if isinstance(found, Path):
         return f"sha256:{_content(_model_path(found))}"
     return f"sha256:{MODELS[found].sha256}" if found in MODELS else f"hf:{found}@{settings.revision or 'main'}"

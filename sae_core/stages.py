@@ -143,7 +143,9 @@ def _label_settings(labels: LabelSettings) -> dict[str, Any]:
     if not labels.features:
         return settings
     settings["embedder"] = identify_embedder(labels.embedder)
-    return settings if labels.base_url else settings | {"model": identify_model(ModelSettings(source=labels.model))}
+    if labels.base_url:
+        return settings
+    return settings | {"model": identify_model(ModelSettings(source=labels.model), "labels.model")}
 
 
 def _science_settings(study: Study) -> dict[str, Any]:

@@ -206,6 +206,13 @@ def test_bad_input_is_one_line_and_a_status(home: Path, arguments: tuple[str, ..
         ("../models/tiny-llama", "../models/nowhere", "nowhere"),
         ('"../text"', '"../empty"', "empty"),
         ('"../text"', '"wiki-enn"', "wiki-en"),
+        ("features = 0", 'features = 1\nmodel = "qwen2.5"', "labels.model: 'qwen2.5' is no name in the catalog"),
+        ("features = 0", 'features = 1\nbase_url = "http://127.0.0.1:9/v1"\nask_each = 3', "labels.ask_each"),
+        (
+            'features = 0\nembedder = "../models/tiny-embedder"',
+            'features = 1\nbase_url = "http://127.0.0.1:9/v1"\nembedder = "../models/nowhere"',
+            "labels.embedder: there is no file or folder",
+        ),
         ("held_out = 0.2", "held_out = 0", "corpus.held_out = 0: Input should be greater than 0"),
     ],
 )

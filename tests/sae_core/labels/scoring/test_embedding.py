@@ -72,7 +72,7 @@ def test_modules_that_are_not_the_library_s_own_are_not_imported(tiny_embedder: 
     (folder / "evil.py").write_text("raise SystemExit('ran')", "utf-8")
     modules = (folder / "modules.json").read_text("utf-8").replace("sentence_transformers.", "evil.", 1)
     (folder / "modules.json").write_text(modules, "utf-8")
-    with pytest.raises(ModelError, match=r"labels\.embedder = .*foreign' cannot be loaded .*references the module class 'evil\."):
+    with pytest.raises(ModelError, match=r"foreign' cannot be loaded .*references the module class 'evil\."):
         Embedder(str(folder))
 
 
