@@ -91,9 +91,8 @@ def bring_up_to_date(
         Exception: what the failing stage raised; what was made before stays.
     """
     wanted = list(VERSIONS)[: list(VERSIONS).index(until) + 1] + (list(PER_STUDY) if until == ATLAS else [])
-    for recipe in [
-        recipe for recipe in recipes(study) if recipe.stage in wanted
-    ]:  # all, so that a wrong name stops none midway
+    ahead = [recipe for recipe in recipes(study) if recipe.stage in wanted]  # all: a wrong name is refused at the door
+    for recipe in ahead:
         step = Step(recipe, _status(study, workshop.store, recipe))
         if step.status.state not in {"made", "refused"}:
             materialize(recipe.stage, recipe.slug, study, workshop, instance, log_level)

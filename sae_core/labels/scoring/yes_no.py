@@ -52,8 +52,9 @@ PARAMETERS: dict[str, Any] = {
 def ask(task: YesNo, text: str, name: str) -> list[Message]:
     """The messages that ask about one text, already on one line and free of our marks, under a name."""
     messages = [{"role": "system", "content": _ASKS[task]}]
-    for shown, of, answer in _SHOTS[task]:
-        messages += [{"role": "user", "content": _question(of, shown)}, {"role": "assistant", "content": answer}]
+    for shot_name, shot_text, answer in _SHOTS[task]:
+        question = _question(shot_text, shot_name)
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return [*messages, {"role": "user", "content": _question(text, name)}]
 
 
