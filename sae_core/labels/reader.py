@@ -67,7 +67,8 @@ class Score:
 
     scorer: str
     """`embedding`: AUC of the similarity of label and text. `detection`, `fuzzing`: balanced accuracy of a judge that
-    is asked which texts the label fits, or in which texts the right tokens are marked. `specificity`: mean of the
+    is asked which texts the label fits, or in which texts the right tokens are marked; of one that is asked about each
+    text by itself, the AUC of how likely it holds a yes. `specificity`: mean of the
     judge's ratings of the marked tokens, 0 (the label has nothing to do with the text) to 3 (it says cleanly what is
     marked). `simulation`: Pearson's correlation of the values that the judge expects on tokens with the true ones."""
     score: float | None
